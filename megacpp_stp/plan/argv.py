@@ -1,0 +1,212 @@
+"""A recipe as Megatron arguments, each with the recipe field that asked for it.
+
+Nothing is emitted that the recipe does not say, and nothing that differs between two machines. What only a run
+knows (its directory, the plan file) is added by the launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megacpp_stp.plan.lowering import HybridPlan
+from megacpp_stp.recipe.schema import Attention, Mla, Recipe
+
+_SPECS = {"torch": ("megacpp_stp.model.specs", "nam_torch_stack_spec")}
+_ACTIVATIONS = {"squared-relu": "--squared-relu", "swiglu": "--swiglu", "gelu": None}
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One option with its values.
+
+    Attributes:
+        tokens: The option and its values, as separate process arguments.
+        field: Recipe path that asked for it, or the reason when several fields did.
+    """
+
+    tokens: tuple[str, ...]
+    field: str
+
+
+def emit(recipe: Recipe, layout: HybridPlan, *, device: str) -> tuple[Argument, ...]:
+    """Every argument of the run, in a fixed order.
+
+    Args:
+        recipe: The resolved recipe.
+        layout: Its lowering.
+        device: ``cpu`` or ``cuda``.
+    """
+    sections = (
+        _model(recipe, layout),
+        _attention(recipe),
+        _experts(recipe),
+        _backend(recipe),
+        _parallel(recipe, device),
+        _training(recipe),
+        _optimizer(recipe),
+        _data(recipe),
+        _nam(recipe, layout, device),
+    )
+    return tuple(argument for section in sections for argument in section)
+
+
+def _arg(option: str, value: object, field: str) -> Argument:
+    text = repr(value) if isinstance(value, float) else str(value)
+    if text.startswith("-"):  # a pattern may begin with an MLP; argparse would take it for an option
+        return Argument((f"{option}={text}",), field)
+    return Argument((option, text), field)
+
+
+def _flag(option: str, field: str) -> Argument:
+    return Argument((option,), field)
+
+
+def _model(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
+    model = recipe.model
+    yield _arg("--hybrid-layer-pattern", layout.megatron_pattern, "model.pattern")
+    yield Argument(("--spec", *_SPECS[model.backend]), "model.backend")
+    yield _arg("--hidden-size", model.hidden_size, "model.hidden_size")
+    yield _arg("--ffn-hidden-size", model.ffn_hidden_size, "model.ffn_hidden_size")
+    yield _arg("--num-attention-heads", model.heads, "model.heads")
+    if option := _ACTIVATIONS[model.activation]:
+        yield _flag(option, "model.activation")
+    yield _arg("--normalization", "RMSNorm", "model (NAM family)")
+    yield _arg("--norm-epsilon", model.norm_epsilon, "model.norm_epsilon")
+    yield _arg("--init-method-std", model.init_std, "model.init_std")
+    yield _flag("--disable-bias-linear", "model (NAM family)")
+    yield _arg("--attention-dropout", 0.0, "model (NAM family)")
+    yield _arg("--hidden-dropout", 0.0, "model (NAM family)")
+    if not model.tie_embeddings:
+        yield _flag("--untie-embeddings-and-output-weights", "model.tie_embeddings")
+    yield _arg("--position-embedding-type", "rope", "model.rope")
+    yield _arg("--rotary-base", model.rope.base, "model.rope.base")
+    yield _arg("--max-position-embeddings", recipe.training.sequence_length, "training.sequence_length")
+
+
+def _attention(recipe: Recipe) -> Iterator[Argument]:
+    block = recipe.model.families.A
+    if isinstance(block, Mla):
+        yield _flag("--multi-latent-attention", "model.families.A.block")
+        for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+            yield _arg("--" + name.replace("_", "-"), getattr(block, name), f"model.families.A.{name}")
+    elif isinstance(block, Attention):
+        yield _flag("--group-query-attention", "model.families.A.block")
+        yield _arg("--num-query-groups", block.kv_groups, "model.families.A.kv_groups")
+        yield _arg("--kv-channels", block.head_dim, "model.families.A.head_dim")
+
+
+def _experts(recipe: Recipe) -> Iterator[Argument]:
+    block = recipe.model.families.E
+    if block is None:
+        return
+    field = "model.families.E"
+    yield _arg("--num-experts", block.experts, f"{field}.experts")
+    yield _arg("--moe-router-topk", block.topk, f"{field}.topk")
+    yield _arg("--moe-ffn-hidden-size", block.ffn_hidden_size, f"{field}.ffn_hidden_size")
+    if block.shared_ffn_hidden_size:
+        yield _arg(
+            "--moe-shared-expert-intermediate-size",
+            block.shared_ffn_hidden_size,
+            f"{field}.shared_ffn_hidden_size",
+        )
+    router = block.router
+    yield _arg("--moe-router-score-function", router.score_function, f"{field}.router.score_function")
+    if router.expert_bias:
+        yield _flag("--moe-router-enable-expert-bias", f"{field}.router.expert_bias")
+    balancing = "aux_loss" if router.aux_loss_coeff else "none"
+    yield _arg("--moe-router-load-balancing-type", balancing, f"{field}.router.aux_loss_coeff")
+    if router.aux_loss_coeff:
+        yield _arg("--moe-aux-loss-coeff", router.aux_loss_coeff, f"{field}.router.aux_loss_coeff")
+    if router.z_loss_coeff:
+        yield _arg("--moe-z-loss-coeff", router.z_loss_coeff, f"{field}.router.z_loss_coeff")
+    yield _arg("--moe-router-dtype", "fp32", f"{field} (NAM family)")
+    yield _arg("--moe-token-dispatcher-type", "alltoall", f"{field} (NAM family)")
+
+
+def _backend(recipe: Recipe) -> Iterator[Argument]:
+    field = "model.backend"
+    yield _arg("--transformer-impl", "local", field)
+    # Fusions that need Transformer Engine or apex kernels; the torch backend has neither.
+    for option in (
+        "--no-persist-layer-norm",
+        "--no-masked-softmax-fusion",
+        "--no-bias-dropout-fusion",
+        "--no-bias-swiglu-fusion",
+        "--no-bias-gelu-fusion",
+        "--no-rope-fusion",
+        "--no-gradient-accumulation-fusion",
+    ):
+        yield _flag(option, field)
+    # The same initial weights on every device.
+    yield _flag("--use-cpu-initialization", field)
+
+
+def _parallel(recipe: Recipe, device: str) -> Iterator[Argument]:
+    parallel = recipe.parallel
+    yield _arg("--tensor-model-parallel-size", parallel.tensor, "parallel.tensor")
+    yield _arg("--pipeline-model-parallel-size", parallel.pipeline, "parallel.pipeline")
+    yield _arg("--context-parallel-size", parallel.context, "parallel.context")
+    yield _arg("--expert-model-parallel-size", parallel.expert, "parallel.expert")
+    if parallel.sequence_parallel:
+        yield _flag("--sequence-parallel", "parallel.sequence_parallel")
+    yield _arg("--distributed-backend", _BACKENDS[device], "--device")
+
+
+def _training(recipe: Recipe) -> Iterator[Argument]:
+    training = recipe.training
+    yield _arg("--seq-length", training.sequence_length, "training.sequence_length")
+    yield _arg("--micro-batch-size", training.micro_batch_size, "training.micro_batch_size")
+    yield _arg("--global-batch-size", training.global_batch_size, "training.global_batch_size")
+    yield _arg("--train-iters", training.iterations, "training.iterations")
+    yield _arg("--seed", training.seed, "training.seed")
+    if training.precision == "bf16":
+        yield _flag("--bf16", "training.precision")
+    yield _arg("--log-interval", training.log_interval, "training.log_interval")
+    yield _arg("--eval-interval", training.eval_interval, "training.eval_interval")
+    yield _arg("--eval-iters", training.eval_iterations, "training.eval_iterations")
+
+
+def _optimizer(recipe: Recipe) -> Iterator[Argument]:
+    optimizer = recipe.optimizer
+    yield _arg("--lr", optimizer.lr, "optimizer.lr")
+    yield _arg("--min-lr", optimizer.min_lr, "optimizer.min_lr")
+    yield _arg("--lr-decay-style", optimizer.decay, "optimizer.decay")
+    yield _arg("--lr-decay-iters", recipe.training.iterations, "training.iterations")
+    yield _arg("--lr-warmup-iters", optimizer.warmup_iterations, "optimizer.warmup_iterations")
+    yield _arg("--weight-decay", optimizer.weight_decay, "optimizer.weight_decay")
+    yield _arg("--adam-beta1", optimizer.beta1, "optimizer.beta1")
+    yield _arg("--adam-beta2", optimizer.beta2, "optimizer.beta2")
+    yield _arg("--adam-eps", optimizer.epsilon, "optimizer.epsilon")
+    yield _arg("--clip-grad", optimizer.clip_grad, "optimizer.clip_grad")
+    if optimizer.distributed:
+        yield _flag("--use-distributed-optimizer", "optimizer.distributed")
+
+
+def _data(recipe: Recipe) -> Iterator[Argument]:
+    path = recipe.data.path.rstrip("/")
+    yield _arg("--tokenizer-type", "HuggingFaceTokenizer", "data.path")
+    yield _arg("--tokenizer-model", f"{path}/tokenizer", "data.path")
+    yield _arg("--train-data-path", f"{path}/train", "data.path")
+    yield _arg("--valid-data-path", f"{path}/valid", "data.path")
+    yield _arg("--num-workers", recipe.data.workers, "data.workers")
+    # Attention is causal inside the mixers; a dense mask would be [b, 1, s, s] for nothing.
+    yield _flag("--no-create-attention-mask-in-dataloader", "data.path")
+
+
+def _nam(recipe: Recipe, layout: HybridPlan, device: str) -> Iterator[Argument]:
+    """Our own argument group, see `megacpp_stp.training.arguments`."""
+    yield _arg("--nam-device", device, "--device")
+    for family, numbers in layout.stand_ins().items():
+        spec = getattr(recipe.model.families, family)
+        layers = ",".join(map(str, numbers))
+        yield _arg("--nam-stand-in", f"{family}:{spec.instead_of}={spec.runs}@{layers}", f"model.families.{family}")
+    stp = recipe.stp
+    if stp is None:
+        return
+    yield _arg("--nam-stp-weight", stp.weight, "stp.weight")
+    yield _arg("--nam-stp-n-spans", stp.n_spans, "stp.n_spans")
+    yield _arg("--nam-stp-start-step", stp.start_step, "stp.start_step")
+    yield _arg("--nam-stp-taps", ",".join(map(str, stp.taps)), "stp.taps")
+    yield _arg("--nam-stp-seed", stp.seed, "stp.seed")

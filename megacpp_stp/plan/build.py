@@ -1,0 +1,114 @@
+"""Recipe to RunPlan: everything that a launch needs, and nothing that a machine decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.plan.argv import Argument, emit
+from megacpp_stp.plan.checks import check, data_parallel_size, micro_batches
+from megacpp_stp.plan.env import EnvVar, environment
+from megacpp_stp.plan.lowering import HybridPlan, lower
+from megacpp_stp.recipe.schema import Recipe
+
+PLAN_FORMAT = 1
+ENTRY_MODULE = "megacpp_stp.training.entry"
+# The wheel's compile_helpers() would exit on every machine; see patches/dataset-helpers.yaml.
+_PATCHES = ("dataset-helpers",)
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What will be launched.
+
+    Attributes:
+        recipe: The resolved recipe.
+        device: ``cpu`` or ``cuda``.
+        layout: Source blocks, Megatron layers, stages, taps.
+        arguments: Megatron's and our arguments with their provenance.
+        env: Environment variables with their reasons.
+        patches: Ids of the patch surfaces that the run applies.
+        data_parallel: Data-parallel size.
+        micro_batches: Microbatches an iteration and data-parallel rank.
+    """
+
+    recipe: Recipe
+    device: Device
+    layout: HybridPlan
+    arguments: tuple[Argument, ...]
+    env: tuple[EnvVar, ...]
+    patches: tuple[str, ...]
+    data_parallel: int
+    micro_batches: int
+
+    @property
+    def argv(self) -> list[str]:
+        """The arguments as a process gets them."""
+        return [token for argument in self.arguments for token in argument.tokens]
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.recipe.launch.nodes * self.recipe.launch.processes_per_node
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the canonical JSON of the plan: equal for equal plans on any machine."""
+        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data: what ``plan.json`` holds."""
+        return {"digest": self.digest, **self._content()}
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "plan_format": PLAN_FORMAT,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "device": self.device,
+            "layout": {
+                "source_pattern": self.layout.source,
+                "megatron_pattern": self.layout.megatron_pattern,
+                "pipeline": self.layout.pipeline,
+                "virtual": self.layout.virtual,
+                "layers": [asdict(layer) for layer in self.layout.layers],
+            },
+            "world_size": self.world_size,
+            "data_parallel": self.data_parallel,
+            "micro_batches": self.micro_batches,
+            "patches": list(self.patches),
+            "env": {variable.name: variable.value for variable in self.env},
+            "argv": self.argv,
+        }
+
+
+def build_plan(recipe: Recipe, *, device: Device = "cuda") -> RunPlan:
+    """Plan a recipe.
+
+    Args:
+        recipe: From `megacpp_stp.load_recipe`.
+        device: What the ranks run on. Never guessed here: a plan is the same on a laptop and on a node.
+
+    Raises:
+        UserError: Anything that could not run as the recipe says; before anything is launched.
+    """
+    if device not in ("cpu", "cuda"):
+        raise UserError("is no device", field="--device", value=device, fix="use cpu or cuda")
+    layout = lower(recipe)
+    check(recipe, layout)
+    return RunPlan(
+        recipe=recipe,
+        device=device,
+        layout=layout,
+        arguments=emit(recipe, layout, device=device),
+        env=environment(device=device),
+        patches=_PATCHES,
+        data_parallel=data_parallel_size(recipe),
+        micro_batches=micro_batches(recipe),
+    )

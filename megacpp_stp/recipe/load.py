@@ -1,0 +1,190 @@
+"""From a name or a path to a `Recipe`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.recipe.pattern import parse_pattern
+from megacpp_stp.recipe.schema import Recipe
+from megacpp_stp.recipe.yaml_loader import parse_yaml, read_yaml
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_BLOCK_TAGS = ("mla", "attention")  # pydantic puts the chosen block into the location
+_MOST_FINDINGS = 8
+
+
+def recipe_directory() -> Path:
+    """Where the shipped recipes are: inside the wheel, or beside the package in a checkout."""
+    packed = _PACKAGE / "_recipes"
+    return packed if packed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def list_recipes() -> dict[str, Path]:
+    """The shipped recipes by name, sorted."""
+    return {path.stem: path for path in sorted(recipe_directory().glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a recipe given by name (``nam56r-tiny``) or by path (anything with a slash or ``.yaml``).
+
+    Raises:
+        UserError: No such recipe.
+    """
+    if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UserError("no such recipe file", field="RECIPE", value=name_or_path, fix="check the path")
+        return path
+    known = list_recipes()
+    if name_or_path in known:
+        return known[name_or_path]
+    close = difflib.get_close_matches(name_or_path, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(
+        "unknown recipe",
+        field="RECIPE",
+        value=name_or_path,
+        fix=f"{hint}known recipes: {', '.join(known) or 'none'}; or give a path to a .yaml file",
+    )
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load, override and validate one recipe.
+
+    Args:
+        name_or_path: A shipped recipe's name, or a file.
+        overrides: ``path=value`` each, as ``stp.weight=0.05``; the value is read as YAML. A path must name a key
+            that the recipe has.
+
+    Raises:
+        UserError: Anything wrong with the file, an override or a value; the message names the field and the fix.
+    """
+    path = find_recipe(name_or_path)
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise UserError("is not a mapping of keys to values", field=str(path), fix="start from a shipped recipe")
+    if "overrides" in data:
+        raise UserError("is not a key of a recipe file", field="overrides", fix="use --set on the command line")
+    for override in overrides:
+        _apply_override(data, override)
+    recipe = _validate({**data, "overrides": list(overrides)}, source=path.name)
+    _check_families(recipe)
+    return recipe
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise UserError("is not path=value", field="--set", value=override, fix="write e.g. --set stp.weight=0.05")
+    value = parse_yaml(text, name=f"--set {path}")
+    node: Any = data
+    for depth, key in enumerate(keys):
+        if not isinstance(node, dict) or key not in node:
+            known = sorted(node) if isinstance(node, dict) else []
+            close = difflib.get_close_matches(key, known, n=1)
+            there = ".".join(keys[:depth]) or "the recipe"
+            raise UserError(
+                f"{there} has no key {key!r}",
+                field=f"--set {path}",
+                fix=f"did you mean {close[0]}?" if close else f"keys there: {', '.join(known) or 'none'}",
+            )
+        if depth == len(keys) - 1:
+            node[key] = value
+        else:
+            node = node[key]
+
+
+def _validate(data: dict[str, Any], *, source: str) -> Recipe:
+    try:
+        # JSON mode: strict types, while a YAML list may still become a tuple.
+        return Recipe.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise _explain(error, source=source) from None
+
+
+def _explain(error: ValidationError, *, source: str) -> UserError:
+    """All findings of pydantic in the reader's words, the first one as the error's field."""
+    # A misspelt key shows as one unknown and one missing key: the unknown one is what the user wrote.
+    items = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+    findings = []
+    for item in items:
+        where = ".".join(str(part) for part in item["loc"] if part not in _BLOCK_TAGS)
+        problem, fix = _finding(item, where)
+        findings.append((where, problem, fix))
+    where, problem, fix = findings[0]
+    more = "".join(f"\n  also: {w}: {p}" for w, p, _ in findings[1:_MOST_FINDINGS])
+    if len(findings) > _MOST_FINDINGS:
+        more += f"\n  and {len(findings) - _MOST_FINDINGS} more"
+    return UserError(problem, field=f"{source}: {where}", fix=f"{fix or 'correct the value'}{more}")
+
+
+def _finding(item: Any, where: str) -> tuple[str, str]:
+    kind, value = item["type"], item.get("input")
+    shown = repr(value) if not isinstance(value, (dict, list)) else type(value).__name__
+    if kind == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        return "unknown key", f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+    if kind == "missing":
+        return "is missing", f"add {where}: a recipe is complete, nothing has a hidden default"
+    if kind == "union_tag_not_found":
+        return "has no 'block'", "say which block it is"
+    problem = f"{item['msg'][0].lower()}{item['msg'][1:]} (got {shown})"
+    if isinstance(value, str) and kind in ("int_type", "float_type") and _is_number(value):
+        return problem, "write the number without quotes"
+    return problem, ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys of the section at `location`, found through the schema."""
+    schema = Recipe.model_json_schema()
+    node: Any = schema
+    for part in location:
+        while "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        if "properties" in node and part in node["properties"]:
+            node = node["properties"][part]
+        for option in node.get("anyOf", ()):  # optional sections
+            if "$ref" in option or "oneOf" in option:
+                node = option
+        if "oneOf" in node and "discriminator" in node and part in node["discriminator"]["mapping"]:
+            node = {"$ref": node["discriminator"]["mapping"][part]}
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return sorted(key for key in node.get("properties", {}) if key != "overrides")
+
+
+def _check_families(recipe: Recipe) -> None:
+    """The pattern is valid, and the families described are exactly those that it has."""
+    pattern = parse_pattern(recipe.model.pattern, depth=recipe.model.depth)
+    for family, count in pattern.counts.items():
+        described = getattr(recipe.model.families, family) is not None
+        field = f"model.families.{family}"
+        if count and not described:
+            raise UserError(
+                f"the pattern has {count} {family} blocks, but what they are is not said",
+                field=field,
+                fix=f"describe family {family}",
+            )
+        if described and not count:
+            raise UserError(
+                f"is described, but the pattern {recipe.model.pattern!r} has no {family}",
+                field=field,
+                fix="remove the section, or put the letter into the pattern",
+            )

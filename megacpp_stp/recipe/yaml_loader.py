@@ -1,0 +1,111 @@
+"""YAML as people mean it: the 1.2 core schema on PyYAML, without its silent traps.
+
+PyYAML reads YAML 1.1: ``1e-4`` is text, ``no`` is False, ``12:30:00`` is 45000, and of two equal keys the last
+one wins. Here ``1e-4`` is a number, only ``true`` and ``false`` are booleans, and a repeated key is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megacpp_stp.errors import UserError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars, string keys, and no duplicate key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first_line: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            mark = key_node.start_mark
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise _located("a merge key (<<) is not supported", mark, fix="write the keys out")
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise _located(f"the key {key!r} is not text", mark, fix="put quotes around the key")
+            if key in first_line:
+                raise _located(
+                    f"the key {key!r} stands twice, first in line {first_line[key]}",
+                    mark,
+                    fix="remove one of them",
+                )
+            first_line[key] = mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+# The resolvers are rebuilt from nothing: inheriting YAML 1.1's would bring `yes`, octals and sexagesimals back.
+_StrictLoader.yaml_implicit_resolvers = {}
+for _tag, _regexp, _first in (
+    ("null", r"^(?:null|Null|NULL|~|)$", ["n", "N", "~", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"^<<$", ["<"]),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_regexp), _first)
+
+
+def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node), 10)  # "010" is ten, as in YAML 1.2
+
+
+def _construct_float(loader: _StrictLoader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node).lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def _located(problem: str, mark: yaml.Mark, *, fix: str) -> UserError:
+    return UserError(problem, field=f"line {mark.line + 1}, column {mark.column + 1}", fix=fix)
+
+
+def parse_yaml(text: str, *, name: str) -> Any:
+    """Parse one YAML document.
+
+    Args:
+        text: The document.
+        name: What to call it in an error: a file name or an option.
+
+    Raises:
+        UserError: Not YAML, a duplicate key, a key that is not text, or nesting too deep to be a recipe.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except UserError as error:
+        raise UserError(f"{error.field}: {error.problem}", field=name, fix=error.fix) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        fix = "mend the YAML there"
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        if "alias" in (error.problem or "") or "alias" in (error.context or "") or re.search(r":\s*\*", line):
+            fix = 'an unquoted * starts a YAML alias: put quotes around the value, as in pattern: "*E*E"'
+        raise UserError(f"{where}{error.problem or error.context}", field=name, fix=fix) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"is not readable as YAML: {error}", field=name, fix="mend the file") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Read and parse one YAML file; errors name the file.
+
+    Raises:
+        UserError: The file cannot be read, is not UTF-8, or is not YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", field=str(path), fix="check the path") from None
+    except UnicodeDecodeError:
+        raise UserError("is not UTF-8 text", field=str(path), fix="save it as UTF-8") from None
+    return parse_yaml(text, name=str(path))

@@ -1,0 +1,75 @@
+"""metrics.jsonl: one object an iteration. docs/runs.md lists the names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from megacpp_stp.errors import UserError
+
+Record = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends records to a run's metrics file; a record is one whole line or not there.
+
+    Args:
+        path: The file; created, and never overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle: TextIO = open(path, "x", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
+
+    def write(self, record: Record) -> None:
+        """Append one record. A number that is not finite is written as null: bare NaN is no JSON."""
+        self._handle.write(json.dumps(_finite(record), sort_keys=True, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Read all records. A torn last line, as a killed run may leave, is left out.
+
+    Raises:
+        UserError: The file cannot be read, or a line before the last is not a record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", field=str(path), fix="is this a run directory?") from None
+    records: list[Record] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"line {number} is not a metrics record",
+                field=str(path),
+                fix="the file is damaged; use another run",
+            ) from None
+        records.append(record)
+    return records
+
+
+def mean_of(records: Sequence[Record], value: Callable[[Record], float | None] | str) -> float | None:
+    """Mean of one value over records that have it; None when none has."""
+    pick = value if callable(value) else lambda record: record.get(value)
+    found = [number for record in records if (number := pick(record)) is not None]
+    return sum(found) / len(found) if found else None

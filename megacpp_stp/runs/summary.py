@@ -1,0 +1,98 @@
+"""One run in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megacpp_stp.runs.files import METRICS, RECEIPT, read_json
+from megacpp_stp.runs.metrics import Record, mean_of, read_metrics
+
+_WINDOW = 10  # iterations that stand for "first" and "last" of a phase
+_ROWS: tuple[tuple[str, str, str], ...] = (
+    ("lm loss (nats a token)", "lm_loss", "{:.3f}"),
+    ("lm loss (bits a byte)", "bits_per_byte", "{:.3f}"),
+    ("STP loss, raw", "stp_loss", "{:.4f}"),
+    ("STP loss, weighted", "stp_weighted", "{:.5f}"),
+    ("gradient norm", "grad_norm", "{:.3f}"),
+    ("tokens/s", "tokens_per_s", "{:,.0f}"),
+)
+
+
+def summarise(directory: Path) -> dict[str, Any]:
+    """The run's facts and its phases as plain data.
+
+    Phases are the iterations before the STP gate and after it; a run without STP has one.
+
+    Raises:
+        UserError: Not a readable run directory.
+    """
+    receipt = read_json(directory / RECEIPT)
+    records = read_metrics(directory / METRICS)
+    phases = {
+        "before the gate": [record for record in records if record.get("stp_active") is False],
+        "after the gate": [record for record in records if record.get("stp_active") is True],
+        "whole run": [record for record in records if "stp_active" not in record],
+    }
+    return {
+        "directory": str(directory),
+        "recipe": receipt["recipe"]["name"],
+        "status": receipt["status"],
+        "reason": receipt["reason"],
+        "parameters": receipt["parameters"],
+        "substrate": receipt["substrate"],
+        "iterations": len(records),
+        "phases": {name: _phase(found) for name, found in phases.items() if found},
+    }
+
+
+def _phase(records: Sequence[Record]) -> dict[str, Any]:
+    window = min(_WINDOW, len(records))
+    return {
+        "iterations": [records[0]["iteration"], records[-1]["iteration"]],
+        "window": window,
+        **{
+            key: {"first": mean_of(records[:window], key), "last": mean_of(records[-window:], key)}
+            for _, key, _ in _ROWS
+            if key != "tokens_per_s"
+        },
+        # The first iteration of a process warms up; it would hide what the machine does.
+        "tokens_per_s": mean_of(records[1:] if len(records) > 1 else records, "tokens_per_s"),
+    }
+
+
+def print_summary(directory: Path, console: Console) -> None:
+    """Print `summarise` as one table."""
+    facts = summarise(directory)
+    table = Table(title=f"{facts['recipe']}: {facts['status']}", title_justify="left", min_width=60)
+    table.add_column("")
+    for name, phase in facts["phases"].items():
+        first, last = phase["iterations"]
+        table.add_column(f"{name}\niterations {first}-{last}", justify="right")
+    for label, key, form in _ROWS:
+        cells = [_cell(phase[key], form) for phase in facts["phases"].values()]
+        if any(cell != "-" for cell in cells):
+            table.add_row(label, *cells)
+    console.print(table)
+    window = max((phase["window"] for phase in facts["phases"].values()), default=0)
+    if window:
+        console.print(f"a -> b: mean of the first and of the last {window} iterations", markup=False)
+    if facts["reason"]:
+        console.print(f"incomplete: {facts['reason']}", markup=False)
+    if facts["parameters"]:
+        stages = " + ".join(f"{count:,}" for count in facts["parameters"]["by_pipeline_rank"])
+        console.print(f"parameters: {facts['parameters']['total']:,} ({stages} by pipeline rank)", markup=False)
+    console.print(Text(f"run directory: {directory}"))
+
+
+def _cell(value: Any, form: str) -> str:
+    if isinstance(value, dict):
+        if value["first"] is None or value["last"] is None:
+            return "-"
+        return f"{form.format(value['first'])} -> {form.format(value['last'])}"
+    return "-" if value is None else form.format(value)

@@ -1,0 +1,80 @@
+"""What STP measured in one iteration, reduced over ranks in one fixed shape.
+
+Letters: n taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_COLUMNS = 4  # sum of losses, readings, valid triples, triples
+
+
+@dataclass(frozen=True, slots=True)
+class StpReading:
+    """One iteration's STP, the same on every rank.
+
+    Attributes:
+        loss_by_tap: Mean STP loss over microbatches and data ranks, by layer number.
+        readings_by_tap: How often each tap was read, over all ranks; 0 means that nothing fed it.
+        valid_fraction: Share of triples that were not degenerate, over all taps.
+    """
+
+    loss_by_tap: dict[int, float]
+    readings_by_tap: dict[int, int]
+    valid_fraction: float
+
+    @property
+    def loss(self) -> float:
+        """Mean over taps: the raw STP loss."""
+        return sum(self.loss_by_tap.values()) / len(self.loss_by_tap)
+
+
+class Meter:
+    """Sums of one iteration on this rank. Nothing is read back from the device before `reduce`."""
+
+    def __init__(self, taps: Sequence[int]) -> None:
+        self._taps = tuple(taps)
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, layer: int, *, loss: Tensor, valid: Tensor, triples: int) -> None:
+        """Add one microbatch at one tap.
+
+        Args:
+            layer: The tap.
+            loss: Scalar, the mean over valid triples.
+            valid: Scalar, how many were valid.
+            triples: How many were drawn.
+        """
+        row = torch.stack((loss, torch.ones_like(loss), valid, torch.full_like(loss, float(triples))))
+        row = row.to(torch.float64)
+        self._sums[layer] = self._sums[layer] + row if layer in self._sums else row
+
+    def reset(self) -> None:
+        """Forget the iteration so far."""
+        self._sums.clear()
+
+    def reduce(self, *, device: torch.device, groups: Sequence[dist.ProcessGroup]) -> StpReading:
+        """Sum over ranks, and start a new iteration. Every rank must call it, with or without taps of its own.
+
+        Args:
+            device: Of the collective.
+            groups: Summed over one after the other: the data-parallel group, then the pipeline group.
+        """
+        zero = torch.zeros(_COLUMNS, dtype=torch.float64, device=device)
+        table = torch.stack([self._sums.get(tap, zero).to(device) for tap in self._taps])
+        self.reset()
+        for group in groups:
+            dist.all_reduce(table, group=group)
+        losses, readings, valid, triples = table.cpu().unbind(1)
+        mean = losses / readings.clamp(min=1)
+        return StpReading(
+            loss_by_tap=dict(zip(self._taps, mean.tolist(), strict=True)),
+            readings_by_tap=dict(zip(self._taps, map(int, readings.tolist()), strict=True)),
+            valid_fraction=float(valid.sum() / triples.sum().clamp(min=1)),
+        )

@@ -1,0 +1,134 @@
+import pytest
+import torch
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.stp.config import StpConfig
+from megacpp_stp.stp.meter import Meter
+from megacpp_stp.stp.sampler import DrawKey, draw_triples
+from megacpp_stp.stp.seam import GradScale, coalesce, inject
+from megacpp_stp.stp.taps import StpTaps
+
+CONFIG = StpConfig(weight=0.3, n_spans=5, start_step=10, taps=(2, 4), seed=7)
+
+
+def scale_of(value):
+    scale = GradScale()
+    scale.set(torch.tensor([value]))
+    return scale
+
+
+def taps_at(iteration, config=CONFIG, scale=1.0):
+    taps = StpTaps(config, iteration=lambda: iteration, data_rank=0)
+    taps.scale.set(torch.tensor([scale]))
+    return taps
+
+
+def test_rows_of_one_position_are_summed_once():
+    rows = torch.randn(6, 3)
+    index = torch.tensor([4, 1, 4, 4, 0, 1])
+    joined = coalesce(rows, index)
+    torch.testing.assert_close(
+        torch.zeros(5, 3).index_add(0, index, joined), torch.zeros(5, 3).index_add(0, index, rows)
+    )
+    assert torch.equal(joined[[2, 3, 5]], torch.zeros(3, 3))
+
+
+def test_forward_is_bit_identical_and_backward_adds_scaled_rows():
+    hidden = torch.randn(7, 2, 3, requires_grad=True)
+    rows, index = torch.randn(4, 3), torch.tensor([3, 0, 3, 13])
+    out = inject(hidden, rows, index, scale_of(0.25))
+    assert torch.equal(out, hidden)
+    upstream = torch.randn(7, 2, 3)
+    kept = upstream.clone()
+    (grad,) = torch.autograd.grad(out, hidden, upstream)
+    expected = upstream.reshape(14, 3).index_add(0, index, 0.25 * rows).view(7, 2, 3)
+    torch.testing.assert_close(grad, expected)
+    assert torch.equal(upstream, kept)  # a residual branch may hold the same tensor
+
+
+def test_a_sibling_branch_keeps_its_own_gradient():
+    """x feeds the seam and a second branch through one add: both get the same gradient tensor from autograd."""
+    x, y = torch.randn(4, 1, 2, requires_grad=True), torch.randn(4, 1, 2, requires_grad=True)
+    rows = torch.full((1, 2), 100.0)
+    (inject(x, rows, torch.tensor([0]), scale_of(1.0)) + y).sum().backward()
+    assert torch.equal(y.grad, torch.ones(4, 1, 2))
+    assert x.grad[0].tolist() == [[101.0, 101.0]]
+
+
+def test_the_scale_is_read_in_backward():
+    scale = scale_of(1.0)
+    hidden = torch.zeros(3, 1, 2, requires_grad=True)
+    out = inject(hidden, torch.ones(1, 2), torch.tensor([1]), scale)
+    scale.set(torch.tensor(8.0))
+    out.sum().backward()
+    assert hidden.grad[1].tolist() == [[9.0, 9.0]]
+
+
+def test_a_scale_that_nobody_set_is_an_error():
+    with pytest.raises(UserError, match="never set"):
+        GradScale().get()
+
+
+def test_nothing_of_the_sequence_is_kept_alive():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        for length in (64, 1024):
+            hidden = torch.randn(length, 2, 16, requires_grad=True)
+            taps_at(10).read(hidden, layer=2, microbatch=0)
+    assert len(saved) == 4
+    assert saved[:2] == saved[2:]
+    assert max(saved) == 3 * CONFIG.n_spans * 2 * 16
+
+
+def reference_of_tap(hidden, *, iteration, layer, microbatch, weight):
+    """weight / taps x mean over triples of 1 - cos, written for autograd with a gather."""
+    s, b, h = hidden.shape
+    key = DrawKey(seed=CONFIG.seed, iteration=iteration, microbatch=microbatch, data_rank=0, layer=layer)
+    triples = draw_triples(key, length=s, batch=b, n_spans=CONFIG.n_spans, device=hidden.device)
+    h_s, h_r, h_t = (hidden.gather(0, p.unsqueeze(-1).expand(-1, -1, h)) for p in triples)
+    loss = (1 - torch.nn.functional.cosine_similarity(h_r - h_s, h_t - h_r, dim=-1)).mean()
+    return weight / len(CONFIG.taps) * loss, loss
+
+
+@pytest.mark.parametrize(("length", "batch", "width"), [(3, 1, 2), (5, 3, 7), (33, 2, 16)])
+def test_a_tap_gives_the_gradient_of_plain_autograd(length, batch, width):
+    """Short sequences too, where triples share positions."""
+    states = torch.randn(length, batch, width, dtype=torch.float64)
+    weights = torch.randn_like(states)
+    mine, plain = states.clone().requires_grad_(), states.clone().requires_grad_()
+    taps = taps_at(10, scale=4.0)
+    (taps.read(mine, layer=4, microbatch=3) * weights).sum().backward()
+    weighted, loss = reference_of_tap(plain, iteration=10, layer=4, microbatch=3, weight=CONFIG.weight)
+    ((plain * weights).sum() + 4.0 * weighted).backward()
+    torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-9, atol=1e-12)
+    reading = taps.meter.reduce(device=torch.device("cpu"), groups=[])
+    assert reading.loss_by_tap[4] == pytest.approx(loss.item(), abs=1e-12)
+    assert reading.readings_by_tap == {2: 0, 4: 1}
+    assert reading.valid_fraction == 1.0
+
+
+@pytest.mark.parametrize(
+    ("iteration", "weight"), [(0, 0.3), (9, 0.3), (10, 0.0)], ids=["start", "before the gate", "weight 0"]
+)
+def test_without_weight_or_before_the_gate_the_state_passes_untouched(iteration, weight):
+    config = StpConfig(weight=weight, n_spans=5, start_step=10, taps=(2, 4), seed=7)
+    hidden = torch.randn(8, 2, 4, requires_grad=True)
+    taps = taps_at(iteration, config)
+    assert taps.read(hidden, layer=2, microbatch=0) is hidden
+    assert taps.meter.reduce(device=torch.device("cpu"), groups=[]).readings_by_tap == {2: 1, 4: 0}
+
+
+def test_bf16_states_get_bf16_gradients_from_fp32_rows():
+    hidden = torch.randn(16, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    taps_at(10).read(hidden, layer=2, microbatch=0).float().sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_the_meter_averages_over_microbatches_and_starts_anew():
+    meter = Meter((3,))
+    for loss, valid in ((1.0, 4.0), (0.5, 2.0)):
+        meter.add(3, loss=torch.tensor(loss), valid=torch.tensor(valid), triples=4)
+    reading = meter.reduce(device=torch.device("cpu"), groups=[])
+    assert (reading.loss, reading.readings_by_tap[3], reading.valid_fraction) == (0.75, 2, 0.75)
+    assert meter.reduce(device=torch.device("cpu"), groups=[]).readings_by_tap == {3: 0}
