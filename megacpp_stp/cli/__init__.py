@@ -1,0 +1,24 @@
+"""The command line, one module a command. `main` is the console script."""
+
+import sys
+
+_OLDEST_PYTHON = (3, 12)
+
+
+def main() -> int:
+    """Run the command line.
+
+    Returns:
+        0; 1 when a check or a run failed; 2 for a mistake that the user can mend; 128 + n after signal n.
+    """
+    # First of all: the modules below need a newer Python to be read at all.
+    if sys.version_info < _OLDEST_PYTHON:
+        found = ".".join(map(str, sys.version_info[:3]))
+        print(
+            f"megacpp-stp: Python {found} is too old\n  fix: use Python 3.12 or newer (megatron.training needs it)",
+            file=sys.stderr,
+        )
+        return 2
+    from megacpp_stp.cli.app import run
+
+    return run(sys.argv[1:])

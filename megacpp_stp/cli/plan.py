@@ -1,0 +1,70 @@
+"""``list`` and ``plan``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from megacpp_stp.cli.options import RecipeArgument, SetOption, print_json
+from megacpp_stp.plan import build_plan
+from megacpp_stp.recipe import list_recipes, load_recipe
+
+
+class PlanFormat(StrEnum):
+    """Forms of a plan."""
+
+    TABLE = "table"
+    ARGV = "argv"
+    SHELL = "shell"
+    JSON = "json"
+
+
+class Device(StrEnum):
+    """Devices that a plan can be for."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def list_command(
+    format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+) -> None:
+    """List the recipes."""
+    from megacpp_stp.errors import UserError
+
+    if format not in ("table", "json"):
+        raise UserError("is no format", field="--format", value=format, fix="use table or json")
+    recipes = [load_recipe(name) for name in list_recipes()]
+    if format == "json":
+        print_json(
+            [{"name": recipe.name, "title": recipe.title, "provenance": recipe.provenance} for recipe in recipes]
+        )
+        return
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        print(f"{recipe.name:{width}}  {recipe.title}")
+
+
+def plan_command(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    device: Annotated[Device, typer.Option(help="What the ranks run on.")] = Device.CUDA,
+    format: Annotated[PlanFormat, typer.Option("--format", help="argv is one argument a line.")] = PlanFormat.TABLE,
+) -> None:
+    """Show what a recipe launches: layout, environment, arguments. Launches nothing and needs no torch."""
+    plan = build_plan(load_recipe(recipe, set_ or ()), device=device.value)
+    if format is PlanFormat.ARGV:
+        print("\n".join(plan.argv))
+    elif format is PlanFormat.JSON:
+        print_json(plan.as_dict())
+    else:
+        from megacpp_stp.plan.render import print_plan, shell_line
+
+        if format is PlanFormat.SHELL:
+            print(shell_line(plan))
+            return
+        from rich.console import Console
+
+        print_plan(plan, Console(highlight=False, soft_wrap=True))

@@ -1,0 +1,33 @@
+"""``runs``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megacpp_stp.cli.options import print_json
+
+app = typer.Typer(help="Look at what runs left.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Look at what runs left."""
+
+
+@app.command("show")
+def show_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Plain data instead of a table.")] = False,
+) -> None:
+    """Show one run: losses before and after the gate, speed, parameters."""
+    from megacpp_stp.runs.summary import print_summary, summarise
+
+    if as_json:
+        print_json(summarise(run))
+        return
+    from rich.console import Console
+
+    print_summary(run, Console(highlight=False, soft_wrap=True))

@@ -1,0 +1,139 @@
+"""``torchrun -m megacpp_stp.training.entry``: one rank of a run, on Megatron's own training loop.
+
+The plan is verified, patch surfaces are applied, the model is built by Megatron's `HybridModelBuilder` from the spec
+in the arguments, STP is installed through the builder's pre-wrap hook, and `megatron.training.pretrain` does the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.training.arguments import add_nam_arguments, read_plan, stp_config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one rank.
+
+    Args:
+        argv: Arguments without the program; they must be the plan's.
+
+    Returns:
+        0, or 2 after a mistake that the user can mend (said on stderr by rank 0).
+    """
+    try:
+        plan = read_plan(argv)
+        with ExitStack() as undo:
+            if plan["device"] == "cpu":
+                # Before anything of megatron is imported: it asks for the current CUDA device at import.
+                from megacpp_stp.training.cpu_backend import install
+
+                undo.enter_context(install())
+            _Rank(plan).run(undo)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megacpp-stp: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+class _Rank:
+    """What one rank of a run holds; lives for one `main`."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self._plan = plan
+        self._rank = int(os.environ["RANK"])
+        self._writer: Any = None
+
+    def run(self, undo: ExitStack) -> None:
+        from megatron.training.arguments import parse_and_validate_args
+
+        from megacpp_stp.patches.dataset_helpers import apply
+
+        undo.enter_context(apply())
+        args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
+        self._directory: Path = args.nam_run_dir
+        if self._rank == 0:
+            from megacpp_stp.training.journal import Journal
+
+            self._writer = Journal(self._directory, self._plan)
+        try:
+            self._pretrain(args)
+        except BaseException as error:
+            if self._writer is not None:
+                self._writer.failed(error)
+            raise
+        if self._writer is not None:
+            self._writer.completed()
+
+    def _pretrain(self, args: Any) -> None:
+        from megatron.core.enums import ModelType
+        from megatron.training import pretrain
+        from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
+
+        from megacpp_stp.training.data import dataset_provider
+        from megacpp_stp.training.step import ForwardStep
+
+        recorder = self._recorder(args)
+        model_config = hybrid_config_from_args(args)
+        recorder.install(model_config.transformer)
+        model_config.pre_wrap_hooks.append(lambda chunks: self._before_wrap(chunks, args, recorder))
+        forward_step = ForwardStep(
+            device=self._device(), recorder=recorder, check_nan=args.check_for_nan_in_loss_and_grad
+        )
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            dataset_provider(),
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+
+    def _recorder(self, args: Any) -> Any:
+        from megacpp_stp.data.manifest import load_manifest
+        from megacpp_stp.training.facts import peak_memory_bytes
+        from megacpp_stp.training.recorder import Recorder
+
+        manifest = load_manifest(Path(self._plan["recipe"]["data"]["path"]))
+        device = self._plan["device"]
+        return Recorder(
+            device=self._device(),
+            iteration=lambda: args.curr_iteration,
+            tokens_per_iteration=args.global_batch_size * args.seq_length,
+            bits_per_byte=lambda loss: manifest.bits_per_byte("train", loss_nats=loss),
+            peak_memory=lambda: peak_memory_bytes(device),
+            emit=self._writer.record if self._writer is not None else lambda record: None,
+        )
+
+    def _before_wrap(self, chunks: list[Any], args: Any, recorder: Any) -> list[Any]:
+        """On the bare model chunks: count parameters, install STP."""
+        from megatron.core import parallel_state
+
+        from megacpp_stp.model.count import count_parameters
+        from megacpp_stp.stp.install import install_stp
+
+        stages = count_parameters(chunks, device=self._device())
+        if self._writer is not None:
+            stack = type(chunks[0].decoder)
+            self._writer.model_built(stages, stack=f"{stack.__module__}.{stack.__qualname__}")
+        config = stp_config(args)
+        if config is not None:
+            data_rank = parallel_state.get_data_parallel_rank()
+            taps = install_stp(chunks, config, iteration=lambda: args.curr_iteration, data_rank=data_rank)
+            recorder.observe_stp(taps)
+        return chunks
+
+    def _device(self) -> Any:
+        import torch
+
+        return (
+            torch.device("cpu") if self._plan["device"] == "cpu" else torch.device("cuda", torch.cuda.current_device())
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

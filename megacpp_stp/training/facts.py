@@ -1,0 +1,124 @@
+"""What a receipt says of a run before its first iteration: spec, pattern, auxiliary losses, substrate, data."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import megacpp_stp
+from megacpp_stp.data.manifest import DatasetManifest
+
+_PACKAGES = (
+    "megatron-core",
+    "torch",
+    "triton",
+    "transformer-engine",
+    "mamba-ssm",
+    "liger-kernel",
+    "tokenizers",
+    "transformers",
+    "numpy",
+)
+# Variables that change what a run computes or how fast; nothing else of the environment leaves the machine.
+_ENV_ALLOWED = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+    "LOCAL_WORLD_SIZE",
+    "NCCL_ALGO",
+    "NCCL_DEBUG",
+    "OMP_NUM_THREADS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TOKENIZERS_PARALLELISM",
+    "TORCHDYNAMO_DISABLE",
+    "WORLD_SIZE",
+)
+
+
+def plan_facts(plan: dict[str, Any]) -> dict[str, Any]:
+    """Recipe, spec, pattern, auxiliary losses and topology, from the plan that the process verified."""
+    recipe, layout = plan["recipe"], plan["layout"]
+    argv = plan["argv"]
+    spec = argv.index("--spec")
+    experts = recipe["model"]["families"]["E"]
+    stand_ins = {str(layer["number"]): layer["seam"] for layer in layout["layers"] if layer["seam"]}
+    return {
+        "plan_digest": plan["digest"],
+        "recipe": {
+            "name": recipe["name"],
+            "provenance": recipe["provenance"],
+            "overrides": recipe["overrides"],
+        },
+        "spec": {"module": argv[spec + 1], "name": argv[spec + 2], "backend": recipe["model"]["backend"]},
+        "pattern": {
+            "source": layout["source_pattern"],
+            "megatron": layout["megatron_pattern"],
+            "stand_ins": stand_ins,
+        },
+        "auxiliary_losses": {
+            "stp": recipe["stp"],
+            "moe_load_balancing": experts["router"]["aux_loss_coeff"] if experts else None,
+            "moe_z_loss": experts["router"]["z_loss_coeff"] if experts else None,
+            "mtp": None,
+        },
+        "topology": {
+            "world_size": plan["world_size"],
+            "data_parallel": plan["data_parallel"],
+            **{key: recipe["parallel"][key] for key in ("tensor", "pipeline", "virtual", "context", "expert")},
+            "micro_batches": plan["micro_batches"],
+        },
+        "seeds": {
+            "training": recipe["training"]["seed"],
+            "stp": recipe["stp"]["seed"] if recipe["stp"] else None,
+        },
+        "iterations_planned": recipe["training"]["iterations"],
+    }
+
+
+def substrate(device: str) -> dict[str, Any]:
+    """Hardware and software of this process. No host name, no path."""
+    hardware: dict[str, Any] = {"device": device, "machine": platform.machine(), "cpu_count": os.cpu_count()}
+    if device == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name()
+        hardware["cuda"] = torch.version.cuda
+    return {
+        "hardware": hardware,
+        "python": sys.version.split()[0],
+        "megacpp_stp": megacpp_stp.__version__,
+        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+    }
+
+
+def data_facts(manifest: DatasetManifest) -> dict[str, Any]:
+    """What the run reads, by content."""
+    splits = {
+        name: {"tokens": info.tokens, "documents": info.documents, "bin_sha256": info.bin_sha256}
+        for name, info in (("train", manifest.split("train")), ("valid", manifest.split("valid")))
+    }
+    tokenizer = {"vocab_size": manifest.tokenizer.vocab_size, "sha256": manifest.tokenizer.sha256}
+    return {"splits": splits, "tokenizer": tokenizer, "source_sha256": manifest.source.sha256}
+
+
+def allowed_environment() -> dict[str, str]:
+    """The variables of the allow-list that are set."""
+    return {name: os.environ[name] for name in _ENV_ALLOWED if name in os.environ}
+
+
+def peak_memory_bytes(device: str) -> int:
+    """This process's peak memory: of the GPU's allocator on ``cuda``, resident size on ``cpu``."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

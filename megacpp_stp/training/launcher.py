@@ -1,0 +1,239 @@
+"""From a plan to running processes: preflight, run directory, torchrun, and what is left when it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from megacpp_stp.data.manifest import load_manifest
+from megacpp_stp.errors import UserError
+from megacpp_stp.plan.build import ENTRY_MODULE, Device, RunPlan
+from megacpp_stp.runs.files import EXIT, PLAN, RECEIPT, create_run_directory, read_json, write_json
+
+_MEGATRON_RANGE = SpecifierSet(">=0.19.2,<0.20")
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One launch on this node.
+
+    Attributes:
+        plan: What runs.
+        run_dir: A new directory for it.
+        port: Port of torchrun's rendezvous; None lets torchrun take a free one.
+    """
+
+    plan: RunPlan
+    run_dir: Path
+    port: int | None = None
+
+    def command(self) -> list[str]:
+        """The torchrun process and all its arguments."""
+        rendezvous = ["--standalone"]
+        if self.port is not None:
+            rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{self.port}"]
+        launch = self.plan.recipe.launch
+        return [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", str(launch.nodes), "--nproc-per-node", str(launch.processes_per_node)),
+            *rendezvous,
+            *("-m", ENTRY_MODULE),
+            *self.plan.argv,
+            *("--nam-plan", str(self.run_dir / PLAN), "--nam-run-dir", str(self.run_dir)),
+        ]
+
+    def shell(self) -> str:
+        """The same as a line that a shell takes."""
+        env = [f"{variable.name}={shlex.quote(variable.value)}" for variable in self.plan.env]
+        return " ".join([*env, shlex.join(self.command())])
+
+    def preflight(self) -> None:
+        """Refuse a run that cannot be what the recipe says, before anything is written or started.
+
+        Raises:
+            UserError: What is missing or does not fit.
+        """
+        require_train_extra()
+        if self.plan.recipe.launch.nodes != 1:
+            raise UserError(
+                "only one node can be launched yet",
+                field="launch.nodes",
+                value=self.plan.recipe.launch.nodes,
+                fix="set it to 1",
+            )
+        _check_data(self.plan)
+        _check_environment(self.plan)
+        if self.plan.device == "cuda":
+            _check_gpus(self.plan)
+        if self.port is not None:
+            _check_port(self.port)
+        if self.run_dir.exists():
+            raise UserError("exists already", field="--run-dir", value=str(self.run_dir), fix="name a new directory")
+
+    def run(self) -> int:
+        """Preflight, start, wait.
+
+        Returns:
+            0; 2 when a rank found a mistake that the user can mend; 128 + n after signal n; else 1.
+        """
+        self.preflight()
+        create_run_directory(self.run_dir)
+        write_json(self.run_dir / PLAN, self.plan.as_dict())
+        environment = {**os.environ, **{variable.name: variable.value for variable in self.plan.env}}
+        environment["PYTHONUNBUFFERED"] = "1"
+        returncode, caught = _run_forwarding_signals(self.command(), environment)
+        status = self._exit_status(returncode, caught)
+        write_json(
+            self.run_dir / EXIT,
+            {
+                "status": status,
+                "torchrun_returncode": returncode,
+                "signal": caught and signal.Signals(caught).name,
+            },
+        )
+        return status
+
+    def _exit_status(self, returncode: int, caught: int | None) -> int:
+        if caught is not None:
+            return 128 + caught
+        if returncode == 0:
+            return 0
+        receipt = self.run_dir / RECEIPT
+        failed: Any = read_json(receipt) if receipt.exists() else {}
+        return 2 if failed.get("failure_kind") == "user" else 1
+
+
+def resolve_device(choice: str, *, processes: int) -> tuple[Device, str]:
+    """The device for ``--device`` and why.
+
+    Args:
+        choice: ``cpu``, ``cuda`` or ``auto``: CUDA when this machine has a GPU for each process, else CPU.
+        processes: Processes on this node.
+    """
+    if choice == "cpu":
+        return "cpu", "asked for"
+    if choice == "cuda":
+        return "cuda", "asked for"
+    if choice != "auto":
+        raise UserError("is no device", field="--device", value=choice, fix="use cpu, cuda or auto")
+    require_train_extra()
+    gpus = _gpu_count()
+    if gpus >= processes:
+        return "cuda", f"{gpus} GPUs for {processes} processes"
+    return "cpu", f"{gpus} GPUs for {processes} processes"
+
+
+def require_train_extra() -> None:
+    """Refuse where torch or a fitting megatron-core is not installed.
+
+    Raises:
+        UserError: With the command that installs them.
+    """
+    fix = "pip install 'megacpp-stp[train]'"
+    for module in ("torch", "megatron.core", "transformers"):
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            raise UserError(f"{module} is not installed", field="extra train", fix=fix)
+    try:
+        megatron = version("megatron-core")
+    except PackageNotFoundError:
+        raise UserError("megatron-core is not installed as a package", field="extra train", fix=fix) from None
+    if megatron not in _MEGATRON_RANGE:
+        raise UserError(f"megatron-core must be {_MEGATRON_RANGE}", field="extra train", value=megatron, fix=fix)
+
+
+def _check_data(plan: RunPlan) -> None:
+    manifest = load_manifest(Path(plan.recipe.data.path), field="data.path")
+    wanted, found = plan.recipe.model.vocab_size, manifest.tokenizer.vocab_size
+    if wanted != found:
+        raise UserError(
+            f"the tokenizer in {plan.recipe.data.path} has {found} tokens",
+            field="model.vocab_size",
+            value=wanted,
+            fix=f"--set model.vocab_size={found}, or prepare the data with --vocab-size {wanted}",
+        )
+    for name in ("train", "valid"):
+        tokens = manifest.split(name).tokens
+        if tokens <= plan.recipe.training.sequence_length:
+            raise UserError(
+                f"the {name} split has {tokens} tokens, less than one sequence",
+                field="training.sequence_length",
+                value=plan.recipe.training.sequence_length,
+                fix="prepare more text, or shorten the sequence",
+            )
+
+
+def _check_environment(plan: RunPlan) -> None:
+    for variable in plan.env:
+        found = os.environ.get(variable.name)
+        if found is not None and found != variable.value:
+            raise UserError(
+                f"is set to {found!r}, but the run needs {variable.value!r}: {variable.why}",
+                field=variable.name,
+                fix=f"unset {variable.name}",
+            )
+
+
+def _check_gpus(plan: RunPlan) -> None:
+    gpus, wanted = _gpu_count(), plan.recipe.launch.processes_per_node
+    if gpus < wanted:
+        raise UserError(
+            f"{wanted} processes need a GPU each, this machine shows {gpus}",
+            field="--device",
+            value="cuda",
+            fix="use --device cpu, or a machine with more GPUs",
+        )
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_port(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"cannot be used: {error}",
+                field="--port",
+                value=port,
+                fix="name a free port, or leave --port out",
+            ) from None
+
+
+def _run_forwarding_signals(command: list[str], environment: dict[str, str]) -> tuple[int, int | None]:
+    """Run to the end; a SIGINT or SIGTERM that we get ends all ranks and is reported."""
+    caught: list[int] = []
+    # A session of its own: Ctrl-C reaches torchrun once, through us, and not each rank behind its back.
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        child.send_signal(signal.SIGTERM)
+
+    earlier = {number: signal.signal(number, forward) for number in _STOP_SIGNALS}
+    try:
+        return child.wait(), caught[0] if caught else None
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

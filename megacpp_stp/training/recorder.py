@@ -1,0 +1,185 @@
+"""One record an iteration, put together from what Megatron's own hooks show.
+
+* ``forward_step_func`` and its loss function are ours: start of the iteration, loss of each microbatch.
+* ``config.finalize_model_grads_func`` is kept by megatron.training when it is set: end of backward, on every rank.
+  There the sums are reduced, and the STP loss is put into the loss dictionaries, so that Megatron's console line and
+  TensorBoard show it.
+* ``optimizer.step`` is wrapped on the instance, as megatron.training itself does for CUDA graphs: the end of the
+  iteration, with the gradient norm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.runs.metrics import Record
+from megacpp_stp.stp.meter import StpReading
+from megacpp_stp.stp.taps import StpTaps
+
+PeakMemory = Callable[[], int]
+
+
+class Recorder:
+    """Collects one iteration at a time and hands out its record.
+
+    Args:
+        device: Of the small collectives.
+        iteration: Returns the number of iterations completed.
+        tokens_per_iteration: Over all data-parallel ranks.
+        bits_per_byte: From nats a token of the training split to bits a byte of its text.
+        peak_memory: This process's peak memory so far, in bytes.
+        emit: Takes each record; called on every rank, after the optimizer step.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        iteration: Callable[[], int],
+        tokens_per_iteration: int,
+        bits_per_byte: Callable[[float], float],
+        peak_memory: PeakMemory,
+        emit: Callable[[Record], None],
+    ) -> None:
+        self._device = device
+        self._iteration = iteration
+        self._tokens = tokens_per_iteration
+        self._bits_per_byte = bits_per_byte
+        self._peak_memory = peak_memory
+        self._emit = emit
+        self._taps: StpTaps | None = None
+        self._taps_proven = False
+        self._started: float | None = None
+        self._reports: list[dict[str, Tensor]] = []
+        self._record: Record = {}
+        self._wrapped_optimizer: Any = None
+
+    def observe_stp(self, taps: StpTaps) -> None:
+        """Include STP in the records."""
+        self._taps = taps
+
+    def begin_forward(self) -> None:
+        """A training forward starts; the first one of an iteration starts its clock."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def add_loss(self, report: dict[str, Tensor]) -> None:
+        """Take one microbatch's loss report, the dictionary that Megatron logs from."""
+        self._reports.append(report)
+
+    def install(self, transformer_config: Any) -> None:
+        """Hook into the end of backward, before megatron.training sets its default there."""
+        from megatron.core.distributed import finalize_model_grads
+
+        earlier = transformer_config.finalize_model_grads_func or finalize_model_grads
+
+        def finalize(*args: Any, **kwargs: Any) -> None:
+            earlier(*args, **kwargs)
+            self._end_backward()
+            self._wrap_optimizer(transformer_config)
+
+        transformer_config.finalize_model_grads_func = finalize
+
+    def _end_backward(self) -> None:
+        iteration = self._iteration()
+        loss, tokens = self._reduce_loss()
+        # Like Megatron's console: the first iteration is 1.
+        self._record = {
+            "iteration": iteration + 1,
+            "lm_loss": loss,
+            "bits_per_byte": self._bits_per_byte(loss),
+            "tokens": self._tokens,
+            "loss_tokens": int(tokens),
+        }
+        if self._taps is not None:
+            reading = self._taps.meter.reduce(device=self._device, groups=_data_then_pipeline())
+            self._prove_taps(reading)
+            self._record.update(self._stp_record(reading, iteration))
+            for report in self._reports:
+                report["stp loss"] = torch.tensor([reading.loss], device=self._device)
+        self._reports = []
+
+    def _reduce_loss(self) -> tuple[float, float]:
+        """Mean loss a token and the number of tokens, over all microbatches and ranks."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for report in self._reports:
+            sums += report["lm loss"].to(torch.float64)
+        for group in _data_then_pipeline():
+            dist.all_reduce(sums, group=group)
+        total, tokens = sums.tolist()
+        return total / max(tokens, 1.0), tokens
+
+    def _prove_taps(self, reading: StpReading) -> None:
+        """A tap that no rank ever fed is a wiring error, not a silent zero."""
+        if self._taps_proven:
+            return
+        dead = [layer for layer, count in reading.readings_by_tap.items() if count == 0]
+        if dead:
+            raise UserError(
+                f"no rank fed the tap after layer {dead[0]} in the first iteration",
+                field="stp.taps",
+                value=list(reading.readings_by_tap),
+                fix="tap layers that the model has; `megacpp-stp plan` shows them",
+            )
+        self._taps_proven = True
+
+    def _stp_record(self, reading: StpReading, iteration: int) -> Record:
+        assert self._taps is not None
+        config = self._taps.config
+        active = config.is_active(iteration)
+        return {
+            "stp_loss": reading.loss,
+            "stp_weighted": config.weight * reading.loss if active else 0.0,
+            "stp_active": active,
+            "stp_loss_by_tap": {str(layer): value for layer, value in reading.loss_by_tap.items()},
+            "stp_valid_fraction": reading.valid_fraction,
+        }
+
+    def _wrap_optimizer(self, transformer_config: Any) -> None:
+        # megatron.training sets grad_scale_func to the optimizer's own bound method.
+        optimizer = transformer_config.grad_scale_func.__self__
+        if optimizer is self._wrapped_optimizer:
+            return
+        step = optimizer.step
+
+        def recorded_step(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self._end_iteration(optimizer, result)
+            return result
+
+        optimizer.step = recorded_step
+        self._wrapped_optimizer = optimizer
+
+    def _end_iteration(self, optimizer: Any, result: tuple[bool, float | None, int | None]) -> None:
+        succeeded, grad_norm, _ = result
+        peak = torch.tensor([self._peak_memory()], dtype=torch.int64, device=self._device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        assert self._started is not None
+        elapsed = time.perf_counter() - self._started
+        self._started = None
+        self._record.update(
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            learning_rate=max(group["lr"] for group in optimizer.param_groups),
+            loss_scale=float(optimizer.get_loss_scale()),
+            skipped=not succeeded,
+            step_time_s=elapsed,
+            tokens_per_s=self._tokens / elapsed,
+            peak_memory_bytes=int(peak.item()),
+        )
+        self._emit(self._record)
+
+
+def _data_then_pipeline() -> list[dist.ProcessGroup]:
+    from megatron.core import parallel_state
+
+    return [
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ]
