@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ def launch_command(
 ) -> None:
     """Launch a recipe on this node, under torchrun."""
     from megacpp_stp.plan.render import print_plan
+    from megacpp_stp.runs.files import RECEIPT
     from megacpp_stp.runs.summary import print_summary
     from megacpp_stp.training.launcher import Launch, resolve_device
 
@@ -45,8 +47,10 @@ def launch_command(
     launch.preflight()
     console.print(f"device: {chosen} ({why}); run directory: {directory}", markup=False)
     status = launch.run()
-    if (directory / "receipt.json").exists():
+    if (directory / RECEIPT).exists():
         print_summary(directory, console)
+    if status:
+        print(f"megacpp-stp: the run ended with status {status}; its directory is {directory}", file=sys.stderr)
     raise typer.Exit(status)
 
 

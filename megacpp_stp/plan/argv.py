@@ -89,6 +89,7 @@ def _attention(recipe: Recipe) -> Iterator[Argument]:
     block = recipe.model.families.A
     if isinstance(block, Mla):
         yield _flag("--multi-latent-attention", "model.families.A.block")
+        yield _flag("--qk-layernorm", "model.families.A.block")  # norms on the query and key/value latents
         for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
             yield _arg("--" + name.replace("_", "-"), getattr(block, name), f"model.families.A.{name}")
     elif isinstance(block, Attention):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.lowering import MOE_SYMBOL, HybridPlan
-from megacpp_stp.recipe.schema import Attention, Recipe
+from megacpp_stp.recipe.schema import Attention, Mla, Recipe
 
 
 def data_parallel_size(recipe: Recipe) -> int:
@@ -102,6 +102,20 @@ def _check_parallel(recipe: Recipe) -> None:
 
 def _check_attention(recipe: Recipe) -> None:
     model = recipe.model
+    if model.hidden_size % model.heads:
+        raise UserError(
+            f"is not a multiple of model.heads {model.heads}, which Megatron asks for",
+            field="model.hidden_size",
+            value=model.hidden_size,
+            fix="use a multiple",
+        )
+    if isinstance(model.families.A, Mla) and model.families.A.qk_pos_emb_head_dim % 2:
+        raise UserError(
+            "is odd, but rotary embedding turns pairs",
+            field="model.families.A.qk_pos_emb_head_dim",
+            value=model.families.A.qk_pos_emb_head_dim,
+            fix="use an even number",
+        )
     if isinstance(model.families.A, Attention) and model.heads % model.families.A.kv_groups:
         raise UserError(
             f"does not divide model.heads {model.heads}",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0.0)]
+Iterations = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class _Section(BaseModel):
@@ -128,11 +129,11 @@ class Stp(_Section):
     """Factor of the mean STP loss over all taps. 0 measures without training on it."""
     n_spans: Positive
     """Triples a sequence and tap."""
-    start_step: NonNegative
+    start_step: Annotated[int, Field(ge=0, lt=2**32)]
     """First iteration (counted from 0) whose gradient has the STP term; before it STP is only measured."""
     taps: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Global Megatron layer numbers (1-based) after which hidden states are read."""
-    seed: NonNegative
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Key of the triple sampler; Megatron's random streams are not touched."""
 
 
@@ -153,11 +154,11 @@ class Parallel(_Section):
 class Training(_Section):
     """The loop."""
 
-    iterations: Positive
+    iterations: Iterations
     sequence_length: Annotated[int, Field(ge=3)]
     micro_batch_size: Positive
     global_batch_size: Positive
-    seed: Positive
+    seed: Annotated[int, Field(gt=0, lt=2**31)]
     precision: Literal["fp32", "bf16"]
     log_interval: Positive
     eval_interval: Positive

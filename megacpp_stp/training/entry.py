@@ -24,20 +24,19 @@ def main(argv: Sequence[str]) -> int:
         argv: Arguments without the program; they must be the plan's.
 
     Returns:
-        0, or 2 after a mistake that the user can mend (said on stderr by rank 0).
+        0, or 2 after a mistake that the user can mend, said on stderr.
     """
     try:
         plan = read_plan(argv)
         with ExitStack() as undo:
             if plan["device"] == "cpu":
-                # Before anything of megatron is imported: it asks for the current CUDA device at import.
                 from megacpp_stp.training.cpu_backend import install
 
                 undo.enter_context(install())
             _Rank(plan).run(undo)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megacpp-stp: {error}", file=sys.stderr, flush=True)
+        # From every rank: what is wrong on one stage may be right on the first.
+        print(f"megacpp-stp: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -49,13 +48,14 @@ class _Rank:
         self._plan = plan
         self._rank = int(os.environ["RANK"])
         self._writer: Any = None
+        self._patches: list[Any] = []
 
     def run(self, undo: ExitStack) -> None:
         from megatron.training.arguments import parse_and_validate_args
 
         from megacpp_stp.patches.dataset_helpers import apply
 
-        undo.enter_context(apply())
+        self._patches = [undo.enter_context(apply())]
         args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
         self._directory: Path = args.nam_run_dir
         if self._rank == 0:
@@ -110,16 +110,19 @@ class _Rank:
         )
 
     def _before_wrap(self, chunks: list[Any], args: Any, recorder: Any) -> list[Any]:
-        """On the bare model chunks: count parameters, install STP."""
+        """On the bare model chunks: count parameters, install STP. Megatron is initialised by now."""
+        import torch.distributed as dist
         from megatron.core import parallel_state
 
         from megacpp_stp.model.count import count_parameters
         from megacpp_stp.stp.install import install_stp
 
         stages = count_parameters(chunks, device=self._device())
+        patches: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(patches, [{"id": patch.surface.id, "state": patch.state} for patch in self._patches])
         if self._writer is not None:
             stack = type(chunks[0].decoder)
-            self._writer.model_built(stages, stack=f"{stack.__module__}.{stack.__qualname__}")
+            self._writer.model_built(stages, stack=f"{stack.__module__}.{stack.__qualname__}", patches=patches)
         config = stp_config(args)
         if config is not None:
             data_rank = parallel_state.get_data_parallel_rank()

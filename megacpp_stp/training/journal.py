@@ -22,18 +22,17 @@ class Journal:
     """
 
     def __init__(self, directory: Path, plan: dict[str, Any]) -> None:
+        self._directory = directory
         self._plan = plan
         self._last: Record = {}
         self._best: Record = {}
         write_json(directory / ENV, allowed_environment())
-        patches = [{"id": patch, "state": "applied"} for patch in plan["patches"]]
-        write_json(directory / PATCHES, {"0": patches})
         self._metrics = MetricsWriter(directory / METRICS)
         self._receipt = Receipt(
             directory,
             {
                 **plan_facts(plan),
-                "patches": patches,
+                "patches": None,
                 "substrate": substrate(plan["device"]),
                 "data": data_facts(load_manifest(Path(plan["recipe"]["data"]["path"]))),
                 "parameters": None,
@@ -41,15 +40,17 @@ class Journal:
             },
         )
 
-    def model_built(self, parameters_by_stage: list[int], *, stack: str) -> None:
+    def model_built(self, parameters_by_stage: list[int], *, stack: str, patches: list[list[dict[str, str]]]) -> None:
         """The model exists.
 
         Args:
             parameters_by_stage: Parameters of each pipeline rank.
             stack: The class that the spec built as decoder.
+            patches: Patch surfaces and their state on each rank.
         """
+        write_json(self._directory / PATCHES, {str(rank): states for rank, states in enumerate(patches)})
         parameters = {"total": sum(parameters_by_stage), "by_pipeline_rank": parameters_by_stage}
-        self._receipt.update(parameters=parameters, stack=stack)
+        self._receipt.update(parameters=parameters, stack=stack, patches=patches[0])
 
     def record(self, record: Record) -> None:
         """One iteration ended."""

@@ -21,6 +21,7 @@ from megacpp_stp.data.manifest import load_manifest
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import ENTRY_MODULE, Device, RunPlan
 from megacpp_stp.runs.files import EXIT, PLAN, RECEIPT, create_run_directory, read_json, write_json
+from megacpp_stp.training.upstream_check import require_accepted
 
 _MEGATRON_RANGE = SpecifierSet(">=0.19.2,<0.20")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -82,14 +83,14 @@ class Launch:
             _check_port(self.port)
         if self.run_dir.exists():
             raise UserError("exists already", field="--run-dir", value=str(self.run_dir), fix="name a new directory")
+        require_accepted(self.plan)  # last: it takes seconds
 
     def run(self) -> int:
-        """Preflight, start, wait.
+        """Start and wait. Call `preflight` first.
 
         Returns:
             0; 2 when a rank found a mistake that the user can mend; 128 + n after signal n; else 1.
         """
-        self.preflight()
         create_run_directory(self.run_dir)
         write_json(self.run_dir / PLAN, self.plan.as_dict())
         environment = {**os.environ, **{variable.name: variable.value for variable in self.plan.env}}

@@ -1,0 +1,141 @@
+"""The layer specs of the NAM stack, one per backend.
+
+``--spec megacpp_stp.model.specs nam_torch_stack_spec`` selects the torch backend: plain torch modules, no
+Transformer Engine, so it runs on a CPU.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megacpp_stp.model.attention import SdpaCoreAttention, TorchMLASelfAttention, TorchSelfAttention
+from megacpp_stp.model.errors import BuildError
+from megacpp_stp.model.norm import RMSNorm
+from megacpp_stp.model.stack import NamStack
+
+
+class NotInTorchBackend:
+    """Stands in the spec where the torch backend has no layer yet.
+
+    Raises:
+        BuildError: Always, when a pattern makes Megatron build it.
+    """
+
+    def __init__(self, *args: object, symbol: str, layer: str, **kwargs: object) -> None:
+        raise BuildError(
+            f"{layer} is not available in the torch backend yet",
+            field="--hybrid-layer-pattern",
+            value=symbol,
+            fix="use a pattern without it, or another backend",
+        )
+
+
+def _missing(symbol: str, layer: str) -> ModuleSpec:
+    return ModuleSpec(module=NotInTorchBackend, params={"symbol": symbol, "layer": layer})
+
+
+_attention_layer = ModuleSpec(
+    module=TransformerLayer,
+    submodules=TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=TorchSelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=SdpaCoreAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=RMSNorm,
+                k_layernorm=RMSNorm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+    ),
+)
+
+_mla_layer = ModuleSpec(
+    module=TransformerLayer,
+    submodules=TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=TorchMLASelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=MLASelfAttentionSubmodules(
+                linear_q_proj=ColumnParallelLinear,
+                linear_q_down_proj=ColumnParallelLinear,
+                linear_q_up_proj=ColumnParallelLinear,
+                linear_kv_down_proj=ColumnParallelLinear,
+                linear_kv_up_proj=ColumnParallelLinear,
+                core_attention=SdpaCoreAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=RMSNorm,
+                kv_layernorm=RMSNorm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+    ),
+)
+
+_mlp_layer = ModuleSpec(
+    module=MLPLayer,
+    submodules=TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm,
+        mlp=partial(
+            MLP.as_mlp_submodule,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        ),
+        mlp_bda=get_bias_dropout_add,
+    ),
+)
+
+_moe_layer = ModuleSpec(
+    module=MoETransformerLayer,
+    submodules=TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm,
+        # num_experts only says "there are experts" (upstream asserts that it is not None and drops it): their
+        # number is the configuration's, here as in upstream's own hybrid spec.
+        mlp=get_moe_module_spec(use_te=False, num_experts=1, moe_grouped_gemm=False),
+        mlp_bda=get_bias_dropout_add,
+    ),
+)
+
+# HybridModel takes a block here and builds the layer in it.
+_mtp_block = ModuleSpec(
+    module=MultiTokenPredictionBlock,
+    submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[_missing("/", "multi-token prediction")]),
+)
+
+nam_torch_stack_spec = ModuleSpec(
+    module=NamStack,
+    params={"final_norm": RMSNorm},
+    submodules=HybridStackSubmodules(
+        attention_layer=_attention_layer,
+        mla_layer=_mla_layer,
+        mlp_layer=_mlp_layer,
+        moe_layer=_moe_layer,
+        mamba_layer=_missing("M", "the Mamba layer"),
+        gdn_layer=_missing("G", "the gated delta net layer"),
+        dsa_layer=_missing("D", "the sparse attention layer"),
+        mtp_block_spec=_mtp_block,
+    ),
+)

@@ -1,0 +1,111 @@
+"""One real run: torchrun, two pipeline stages, Megatron's pretrain(), data from disk."""
+
+import json
+import math
+
+import pytest
+
+from megacpp_stp.data.manifest import load_manifest
+from megacpp_stp.runs.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def run(cli, short_run, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "short"
+    done = cli(*short_run, "--run-dir", str(directory))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return directory, done
+
+
+def load(run, name):
+    return json.loads((run[0] / name).read_text())
+
+
+def test_megatron_logs_and_one_table_ends_it(run):
+    output = run[1].stdout
+    assert "iteration        6/       6" in output
+    assert output.count("| stp loss:") == 6
+    assert "validation loss at iteration 3" in output
+    table = output[output.index("nam56r-tiny: complete") :]
+    for text in ("before the gate", "after the gate", "bits a byte", "tokens/s", "parameters:", str(run[0])):
+        assert text in table
+
+
+def test_the_plan_on_disk_is_the_plan_that_was_asked_for(run, cli, short_run):
+    asked = cli("plan", *short_run[1:], "--format", "json")
+    assert load(run, "plan.json") == json.loads(asked.stdout)
+
+
+def test_metrics_have_every_iteration_and_the_gate(run, dataset):
+    records = read_metrics(run[0] / "metrics.jsonl")
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["stp_active"] for record in records] == [False] * 3 + [True] * 3
+    manifest = load_manifest(dataset)
+    for record in records:
+        assert 0 < record["stp_loss"] < 2
+        by_tap = record["stp_loss_by_tap"]
+        assert set(by_tap) == {"6", "12"}
+        assert record["stp_loss"] == pytest.approx(sum(by_tap.values()) / 2)
+        weighted = 0.02 * record["stp_loss"] if record["stp_active"] else 0.0
+        assert record["stp_weighted"] == pytest.approx(weighted)
+        assert record["tokens"] == record["loss_tokens"] == 8 * 64
+        assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["step_time_s"])
+        assert record["grad_norm"] > 0
+        assert record["peak_memory_bytes"] > 100 * 2**20
+        bits = record["lm_loss"] / math.log(2) / manifest.bytes_per_token("train")
+        assert record["bits_per_byte"] == pytest.approx(bits)
+    # An untrained model knows the vocabulary's size and nothing else.
+    assert records[0]["lm_loss"] == pytest.approx(math.log(512), abs=0.5)
+    assert records[-1]["lm_loss"] < records[0]["lm_loss"]
+
+
+def test_console_and_metrics_agree(run):
+    console = [line for line in run[1].stdout.splitlines() if "| lm loss:" in line]
+    for line, record in zip(console, read_metrics(run[0] / "metrics.jsonl"), strict=True):
+        fields = dict(part.split(":", 1) for part in line.split("|") if part.count(":") == 1)
+        for name, key in ((" lm loss", "lm_loss"), (" stp loss", "stp_loss"), (" grad norm", "grad_norm")):
+            assert float(fields[name]) == pytest.approx(record[key], rel=1e-3)
+
+
+def test_the_receipt_answers_its_questions(run):
+    receipt, plan = load(run, "receipt.json"), load(run, "plan.json")
+    assert (receipt["status"], receipt["reason"], receipt["iterations_done"]) == ("complete", None, 6)
+    assert receipt["plan_digest"] == plan["digest"]
+    assert receipt["stack"] == "megacpp_stp.model.stack.NamStack"
+    assert receipt["pattern"]["megatron"] == "+E-E+E|-E+E--"
+    assert receipt["pattern"]["stand_ins"]["12"] == "mlp stands in for m2rnn"
+    assert receipt["auxiliary_losses"]["stp"]["taps"] == receipt["taps_fed"] == [6, 12]
+    assert receipt["recipe"]["provenance"] == "project-defined"
+    assert receipt["patches"] == [{"id": "dataset-helpers", "state": "reached"}]
+    assert receipt["substrate"]["packages"]["megatron-core"].startswith("0.19.")
+    assert sum(receipt["parameters"]["by_pipeline_rank"]) == receipt["parameters"]["total"] > 0
+    assert load(run, "patches.json").keys() == {"0", "1"}
+    assert load(run, "exit.json") == {"status": 0, "torchrun_returncode": 0, "signal": None}
+    assert load(run, "env.json")["OMP_NUM_THREADS"] == "1"
+
+
+def test_nothing_of_the_machine_is_in_the_receipt(run):
+    """No path and no host: a receipt is for strangers."""
+    import socket
+
+    receipt = load(run, "receipt.json")
+    del receipt["recipe"]["overrides"]  # what the user typed
+    text = json.dumps(receipt)
+    assert "/" not in text.replace("tokens/s", "")
+    assert socket.gethostname() not in text
+
+
+def test_runs_show_prints_the_same_table_again(run, cli):
+    shown = cli("runs", "show", str(run[0]))
+    assert shown.returncode == 0
+    assert shown.stdout.strip() in run[1].stdout
+    facts = json.loads(cli("runs", "show", str(run[0]), "--json").stdout)
+    assert facts["phases"]["before the gate"]["iterations"] == [1, 3]
+
+
+def test_a_run_directory_is_never_written_twice(run, cli, short_run):
+    before = {path.name: path.read_bytes() for path in run[0].iterdir() if path.is_file()}
+    again = cli(*short_run, "--run-dir", str(run[0]))
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    assert before == {path.name: path.read_bytes() for path in run[0].iterdir() if path.is_file()}

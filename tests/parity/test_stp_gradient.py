@@ -1,0 +1,70 @@
+"""Every parameter's gradient under Megatron's schedules equals plain autograd of ``lm_loss + weight * stp_loss``."""
+
+import pytest
+import torch
+
+from megacpp_stp.stp.config import StpConfig
+from tests.parity._gloo import Layout, run_ranks
+from tests.parity.gradients import plain_gradients, schedule_gradients
+
+MICROBATCHES = 4
+# Heavy, so that a wrong factor cannot hide beside the language-model loss; taps on first, middle and last stages.
+CONFIG = StpConfig(weight=2.0, n_spans=3, start_step=3, taps=(2, 5, 7, 10), seed=11)
+
+
+def relative_errors(found, truth):
+    assert found.keys() == truth.keys()
+    return {name: ((found[name] - truth[name]).norm() / truth[name].norm()).item() for name in truth}
+
+
+def merged(ranks):
+    gradients = {}
+    for rank in ranks:
+        gradients.update(rank)
+    return gradients
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return run_ranks(plain_gradients, 1, CONFIG, MICROBATCHES, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def truth_without_stp():
+    return run_ranks(plain_gradients, 1, None, MICROBATCHES, 1)[0]
+
+
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, None), (2, None), (2, 2)], ids=["PP1", "PP2", "PP2xVPP2"])
+def test_gradients_equal_plain_autograd(truth, pipeline, virtual):
+    layout = Layout(pipeline=pipeline, virtual=virtual)
+    ranks = run_ranks(schedule_gradients, pipeline, CONFIG, MICROBATCHES, pipeline, virtual, layout=layout)
+    errors = relative_errors(merged(ranks), truth)
+    assert max(errors.values()) <= 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+def test_data_parallel_gradients_equal_plain_autograd():
+    truth = run_ranks(plain_gradients, 1, CONFIG, MICROBATCHES // 2, 2)[0]
+    ranks = run_ranks(schedule_gradients, 2, CONFIG, MICROBATCHES // 2, 1, None)
+    for rank in ranks:
+        errors = relative_errors(rank, truth)
+        assert max(errors.values()) <= 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+def test_the_comparison_would_see_a_wrong_factor(truth, truth_without_stp):
+    """STP is a large part of the gradients compared above: without it, or at half its weight, they differ widely."""
+    errors = relative_errors(truth_without_stp, truth)
+    reached = [name for name, error in errors.items() if error > 1e-2]
+    # Everything below the last tap; the last layers and the head see no STP at all.
+    assert len(reached) > 0.75 * len(errors)
+    assert all(error > 1e-2 for name, error in errors.items() if name.startswith(("layer 1:", "layer 2:")))
+
+
+def test_before_the_gate_gradients_are_bit_identical_to_a_run_without_stp():
+    closed = StpConfig(weight=2.0, n_spans=3, start_step=4, taps=CONFIG.taps, seed=11)
+    layout = Layout(pipeline=2)
+    with_taps, without = (
+        merged(run_ranks(schedule_gradients, 2, config, MICROBATCHES, 2, None, layout=layout))
+        for config in (closed, None)
+    )
+    assert with_taps.keys() == without.keys()
+    assert all(torch.equal(with_taps[name], without[name]) for name in without)
