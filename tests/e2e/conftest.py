@@ -63,3 +63,14 @@ def short_run(dataset: Path) -> tuple[str, ...]:
     settings = (*SHORT, f"data.path={dataset}")
     overrides = (token for setting in settings for token in ("--set", setting))
     return ("launch", "nam56r-tiny", "--device", "cpu", *overrides)
+
+
+@pytest.fixture(scope="session")
+def run(
+    cli: Cli, short_run: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A finished run: its directory, and what the launch printed."""
+    directory = tmp_path_factory.mktemp("runs") / "short"
+    done = cli(*short_run, "--run-dir", str(directory))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return directory, done

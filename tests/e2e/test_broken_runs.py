@@ -36,17 +36,17 @@ def test_a_rank_that_raises_leaves_an_incomplete_receipt(cli, short_run, dataset
 def test_a_signal_ends_all_ranks_and_is_told(short_run, tmp_path):
     run = tmp_path / "run"
     arguments = [*short_run, "--set", "training.iterations=100000", "--run-dir", str(run)]
-    child = subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
+    log = tmp_path / "log"  # a pipe that nobody reads would fill and stop the run
+    with log.open("w") as output:
+        child = subprocess.Popen(command(*arguments), stdout=output, stderr=subprocess.STDOUT, env=environment())
     try:
         deadline = time.monotonic() + 200
         while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
-            assert child.poll() is None, child.communicate()[0][-3000:]
+            assert child.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.2)
         child.send_signal(signal.SIGTERM)
-        child.communicate(timeout=90)
+        child.wait(timeout=90)
     finally:
         child.kill()
     assert child.returncode == 128 + signal.SIGTERM

@@ -9,14 +9,6 @@ from megacpp_stp.data.manifest import load_manifest
 from megacpp_stp.runs.metrics import read_metrics
 
 
-@pytest.fixture(scope="module")
-def run(cli, short_run, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs") / "short"
-    done = cli(*short_run, "--run-dir", str(directory))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return directory, done
-
-
 def load(run, name):
     return json.loads((run[0] / name).read_text())
 
@@ -60,11 +52,17 @@ def test_metrics_have_every_iteration_and_the_gate(run, dataset):
 
 
 def test_console_and_metrics_agree(run):
+    """Upstream logs the first iteration without starting its sums anew, so its second line averages both."""
     console = [line for line in run[1].stdout.splitlines() if "| lm loss:" in line]
-    for line, record in zip(console, read_metrics(run[0] / "metrics.jsonl"), strict=True):
+    records = read_metrics(run[0] / "metrics.jsonl")
+    for number, line in enumerate(console):
         fields = dict(part.split(":", 1) for part in line.split("|") if part.count(":") == 1)
-        for name, key in ((" lm loss", "lm_loss"), (" stp loss", "stp_loss"), (" grad norm", "grad_norm")):
-            assert float(fields[name]) == pytest.approx(record[key], rel=1e-3)
+        averaged = records[:2] if number == 1 else [records[number]]
+        for name, key in ((" lm loss", "lm_loss"), (" stp loss", "stp_loss")):
+            mean = sum(record[key] for record in averaged) / len(averaged)
+            assert float(fields[name]) == pytest.approx(mean, rel=1e-5)
+        assert float(fields[" grad norm"]) == pytest.approx(records[number]["grad_norm"], abs=1e-3)
+    assert len(console) == len(records)
 
 
 def test_the_receipt_answers_its_questions(run):
