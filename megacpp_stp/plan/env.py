@@ -13,11 +13,13 @@ class EnvVar:
         name: The variable.
         value: What it is set to.
         why: The reason, for the plan and for the next reader.
+        replaces: Whether it may replace another value that is set already. Else that is an error.
     """
 
     name: str
     value: str
     why: str
+    replaces: bool = False
 
 
 def environment(*, device: str) -> tuple[EnvVar, ...]:
@@ -34,7 +36,7 @@ def environment(*, device: str) -> tuple[EnvVar, ...]:
     ]
     if device == "cpu":
         found += [
-            EnvVar("CUDA_VISIBLE_DEVICES", "", "--device cpu never touches a GPU"),
+            EnvVar("CUDA_VISIBLE_DEVICES", "", "--device cpu never touches a GPU", replaces=True),
             EnvVar("TORCHDYNAMO_DISABLE", "1", "Megatron's fused element-wise kernels run eagerly on a CPU"),
         ]
     return tuple(sorted(found, key=lambda variable: variable.name))

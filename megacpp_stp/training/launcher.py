@@ -75,8 +75,8 @@ class Launch:
                 value=self.plan.recipe.launch.nodes,
                 fix="set it to 1",
             )
-        _check_data(self.plan)
         _check_environment(self.plan)
+        _check_data(self.plan)
         if self.plan.device == "cuda":
             _check_gpus(self.plan)
         if self.port is not None:
@@ -183,7 +183,7 @@ def _check_data(plan: RunPlan) -> None:
 def _check_environment(plan: RunPlan) -> None:
     for variable in plan.env:
         found = os.environ.get(variable.name)
-        if found is not None and found != variable.value:
+        if found is not None and found != variable.value and not variable.replaces:
             raise UserError(
                 f"is set to {found!r}, but the run needs {variable.value!r}: {variable.why}",
                 field=variable.name,
