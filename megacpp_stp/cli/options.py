@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+
+
+class Device(StrEnum):
+    """Devices that a plan can be for."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Form(StrEnum):
+    """Forms of an answer."""
+
+    TABLE = "table"
+    JSON = "json"
+
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or a .yaml file.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override one recipe field; may be repeated."),
 ]
+DeviceOption = Annotated[Device, typer.Option("--device", help="What the ranks run on.")]
+FormOption = Annotated[Form, typer.Option("--format", help="json goes alone to stdout.")]
 
 
 def print_json(content: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megacpp_stp.cli.options import RecipeArgument, SetOption, print_json
+from megacpp_stp.cli.options import Device, DeviceOption, Form, FormOption, RecipeArgument, SetOption, print_json
 from megacpp_stp.plan import build_plan
 from megacpp_stp.recipe import list_recipes, load_recipe
 
@@ -21,23 +21,12 @@ class PlanFormat(StrEnum):
     JSON = "json"
 
 
-class Device(StrEnum):
-    """Devices that a plan can be for."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
 def list_command(
-    format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+    format: FormOption = Form.TABLE,
 ) -> None:
     """List the recipes."""
-    from megacpp_stp.errors import UserError
-
-    if format not in ("table", "json"):
-        raise UserError("is no format", field="--format", value=format, fix="use table or json")
     recipes = [load_recipe(name) for name in list_recipes()]
-    if format == "json":
+    if format is Form.JSON:
         print_json(
             [{"name": recipe.name, "title": recipe.title, "provenance": recipe.provenance} for recipe in recipes]
         )
@@ -50,7 +39,7 @@ def list_command(
 def plan_command(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    device: Annotated[Device, typer.Option(help="What the ranks run on.")] = Device.CUDA,
+    device: DeviceOption = Device.CUDA,
     format: Annotated[PlanFormat, typer.Option("--format", help="argv is one argument a line.")] = PlanFormat.TABLE,
 ) -> None:
     """Show what a recipe launches: layout, environment, arguments. Launches nothing and needs no torch."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megacpp_stp.cli.options import print_json
+from megacpp_stp.cli.options import Form, FormOption, print_json
 
 app = typer.Typer(help="Look at what runs left.", no_args_is_help=True)
 
@@ -20,12 +20,12 @@ def _group() -> None:
 @app.command("show")
 def show_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Plain data instead of a table.")] = False,
+    format: FormOption = Form.TABLE,
 ) -> None:
     """Show one run: losses before and after the gate, speed, parameters."""
     from megacpp_stp.runs.summary import print_summary, summarise
 
-    if as_json:
+    if format is Form.JSON:
         print_json(summarise(run))
         return
     from rich.console import Console

@@ -37,7 +37,7 @@ def refused(done, *says):
         (["launch", "nam56r-tiny", "--nnodes", "2"], ["--nnodes", "launch.nodes 1"]),
         (["launch", "nam56r-tiny", "--device", "cpu", "--set", "data.path=nowhere"], ["data.path", "data prepare"]),
         (["runs", "show", "nowhere"], ["is this a run directory?"]),
-        (["list", "--format", "xml"], ["table or json"]),
+        (["list", "--format", "xml"], ["xml"]),
         (["no-such-command"], ["no-such-command"]),
     ],
 )

@@ -97,7 +97,7 @@ def test_runs_show_prints_the_same_table_again(run, cli):
     shown = cli("runs", "show", str(run[0]))
     assert shown.returncode == 0
     assert shown.stdout.strip() in run[1].stdout
-    facts = json.loads(cli("runs", "show", str(run[0]), "--json").stdout)
+    facts = json.loads(cli("runs", "show", str(run[0]), "--format", "json").stdout)
     assert facts["phases"]["before the gate"]["iterations"] == [1, 3]
 
 

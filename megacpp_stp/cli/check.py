@@ -1,0 +1,56 @@
+"""``check``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from megacpp_stp.cli.options import Device, DeviceOption, Form, FormOption, RecipeArgument, SetOption, print_json
+from megacpp_stp.plan import build_plan
+from megacpp_stp.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from megacpp_stp.training.upstream_check import Derived
+
+
+def check_command(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    device: DeviceOption = Device.CUDA,
+    format: FormOption = Form.TABLE,
+) -> None:
+    """Let Megatron's own parser validate a recipe's arguments, and show what it derives. Needs no GPU."""
+    from megacpp_stp.training.launcher import require_train_extra
+    from megacpp_stp.training.upstream_check import ask_upstream
+
+    plan = build_plan(load_recipe(recipe, set_ or ()), device=device.value)
+    require_train_extra()
+    derived = ask_upstream(plan)
+    contradicted = [row for row in derived if row.option]
+    if format is Form.JSON:
+        print_json({"digest": plan.digest, "accepted": not contradicted, "derived": [asdict(row) for row in derived]})
+    else:
+        _print_table(plan.recipe.name, derived)
+    if contradicted:
+        raise typer.Exit(1)
+
+
+def _print_table(name: str, derived: Sequence[Derived]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="what Megatron's validation changed or added", title_justify="left", box=None, pad_edge=False)
+    for column in ("argument", "before", "after", ""):
+        table.add_column(column)
+    for row in derived:
+        note = f"{row.option} asked for {row.before}" if row.option else ""
+        after = row.after or "(removed)"
+        table.add_row(Text(row.name), Text(row.before or "(absent)"), Text(after), Text(note, style="red"))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    wrong = sum(bool(row.option) for row in derived)
+    console.print(f"{name}: megatron-core {'changes what the recipe asked for' if wrong else 'accepts the arguments'}")
