@@ -43,7 +43,7 @@ def test_overrides_are_typed_and_recorded():
         ("training.seed=no", "integer"),
         ("training.seed=1.5", "integer"),
         ("optimizer.distributed=yes", "boolean"),
-        ("model.pattern=*E", "quotes around the value"),
+        ("model.pattern=*E", "quotes around a value"),
         ("model.families.R=null", "the pattern has 1 R"),
         ("model.families.A={block: foo}", "'mla', 'attention'"),
         ("stp.weight", "path=value"),
@@ -73,7 +73,9 @@ def test_a_family_that_the_pattern_lacks_is_refused(tmp_path):
         ("  weight: 0.02", "  weight: 0.02\n  weight: 0.03", "stands twice, first in line"),
         ("  weight: 0.02", "  wieght: 0.02", "unknown key"),
         ("  weight: 0.02\n", "", "stp.weight: is missing"),
-        ("pattern: AEMEAEMEAEMR", "pattern: *E*E", "quotes around the value"),
+        ("pattern: AEMEAEMEAEMR", "pattern: *E*E", "quotes around a value"),
+        ("pattern: AEMEAEMEAEMR", "pattern: *", "quotes around a value"),
+        ("title: ", "x: &a [1]\ny: *a\ntitle: ", "alias"),
         ("  depth: 12", "  depth: twelve", "integer"),
         ("stp:", "stp: [", "line"),
         ("schema_version: 1", "schema_version: 2", "schema_version"),
@@ -132,6 +134,16 @@ def test_any_text_is_yaml_or_our_error(text):
         parse_yaml(text, name="x")
     except UserError as error:
         assert str(error)
+
+
+def test_a_few_lines_cannot_become_gigabytes(tmp_path):
+    path = tmp_path / "x.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    for text in ("\n".join(lines), "[" * 5000, "a: " * 5000, "{a: " * 5000):
+        path.write_text(text)
+        with pytest.raises(UserError):
+            load_recipe(str(path))
 
 
 def test_the_recipe_round_trips_through_json():
