@@ -88,8 +88,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 
-def _located(problem: str, mark: yaml.Mark | None, *, fix: str) -> UserError:
-    assert mark is not None  # PyYAML's own reader always marks
+def _located(problem: str, mark: Any, *, fix: str) -> UserError:
     return UserError(problem, field=f"line {mark.line + 1}, column {mark.column + 1}", fix=fix)
 
 
