@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -60,8 +61,7 @@ class RunPlan:
     @cached_property
     def digest(self) -> str:
         """sha256 over the canonical JSON of the plan: equal for equal plans on any machine."""
-        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return plan_digest(self._content())
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data: what ``plan.json`` holds."""
@@ -86,6 +86,13 @@ class RunPlan:
             "env": {variable.name: variable.value for variable in self.env},
             "argv": self.argv,
         }
+
+
+def plan_digest(content: Mapping[str, Any]) -> str:
+    """The digest of a plan as plain data; its own ``digest`` entry, if it has one, is left out."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def build_plan(recipe: Recipe, *, device: Device = "cuda") -> RunPlan:

@@ -39,7 +39,11 @@ def find_recipe(name_or_path: str) -> Path:
     """
     if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except (OSError, ValueError):  # a name longer than any file's, or with a NUL in it
+            found = False
+        if not found:
             raise UserError("no such recipe file", field="RECIPE", value=name_or_path, fix="check the path")
         return path
     known = list_recipes()

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**53)]  # what JSON carries exactly
+NonNegative = Annotated[int, Field(ge=0, lt=2**53)]
 Rate = Annotated[float, Field(ge=0.0)]
 Iterations = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -102,7 +102,7 @@ class Model(_Section):
 
     pattern: str
     """One period of source letters (A M E R)."""
-    depth: Positive
+    depth: Annotated[int, Field(gt=0, le=10_000)]
     """Number of blocks; the pattern is tiled to it."""
     hidden_size: Positive
     ffn_hidden_size: Positive
@@ -186,7 +186,7 @@ class Optimizer(_Section):
 class Data(_Section):
     """Where tokens come from."""
 
-    path: str
+    path: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
     """A directory that `megacpp-stp data prepare` wrote, relative to the working directory."""
     workers: NonNegative
     """DataLoader worker processes a rank."""

@@ -15,6 +15,8 @@ import yaml
 from megacpp_stp.errors import UserError
 
 _MOST_NESTING = 20
+# All that a file without explicit tags makes; !!set, !!binary or !!timestamp make what no recipe holds.
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -37,6 +39,8 @@ class _StrictLoader(yaml.SafeLoader):
         if self._nesting > _MOST_NESTING:
             raise _located("is nested too deep for a recipe", event.start_mark, fix="start from a shipped recipe")
         node = super().compose_node(parent, index)
+        if node is not None and node.tag not in _TAGS:
+            raise _located(f"the tag {node.tag!r} is not supported", node.start_mark, fix="remove the tag")
         self._nesting -= 1
         return node
 
@@ -113,7 +117,8 @@ def parse_yaml(text: str, *, name: str) -> Any:
         if "alias" in (error.context or ""):
             fix = 'an unquoted * starts a YAML alias: put quotes around a value that starts with *, as in "*E*E"'
         raise UserError(f"{where}{error.problem or error.context}", field=name, fix=fix) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    # KeyError, TypeError: a tag that does not fit its value, as !!bool foo
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"is not readable as YAML: {error}", field=name, fix="mend the file") from None
 
 

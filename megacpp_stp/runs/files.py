@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ METRICS = "metrics.jsonl"
 PATCHES = "patches.json"
 ENV = "env.json"
 EXIT = "exit.json"
+
+_MOST_BYTES = 64 * 2**20  # the plan of a thousand layers is a fraction of 1 MB
+_MOST_NESTING = 64
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -32,18 +36,52 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: Path) -> Any:
-    """Read one of the files above.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of the files above; anybody may have written it.
 
     Raises:
-        UserError: Missing, unreadable or not JSON.
+        UserError: Missing, unreadable, too large, or not one whole JSON object.
     """
+    fix = "name a run directory, or one of its files"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as handle:
+            content = handle.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UserError("is larger than any file of a run", field=shown(path), fix=fix)
+        document = json.loads(content)
+        _check_values(document)
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", field=str(path), fix="is this a run directory?") from None
-    except ValueError:
-        raise UserError("is not JSON", field=str(path), fix="the file is damaged; use another run") from None
+        raise UserError(
+            f"cannot be read: {error.strerror}", field=shown(path), fix="is this a run directory?"
+        ) from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
+        raise UserError("is not JSON, or only a part of it", field=shown(path), fix=fix) from None
+    if not isinstance(document, dict):
+        raise UserError("is no JSON object", field=shown(path), fix=fix)
+    return document
+
+
+def _check_values(document: Any) -> None:
+    """Refuse what Python reads although it is no JSON, and nesting that no file of a run has.
+
+    Raises:
+        ValueError: NaN, an infinity, or nesting too deep.
+    """
+    waiting = [(document, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > _MOST_NESTING or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError
+        if isinstance(value, (dict, list)):
+            waiting += ((item, depth + 1) for item in (value.values() if isinstance(value, dict) else value))
+
+
+def shown(value: object) -> str:
+    """Text for a terminal: nothing in a foreign file may move its cursor or stop it from printing."""
+    text = str(value)
+    return text if text.isprintable() else json.dumps(text)
 
 
 def create_run_directory(path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.build import plan_digest
 from megacpp_stp.runs.files import read_json
 from megacpp_stp.stp.config import StpConfig
 
@@ -82,13 +81,6 @@ def read_plan(argv: Sequence[str]) -> dict[str, Any]:
             fix="change the recipe or use --set, and launch again",
         )
     return plan
-
-
-def plan_digest(plan: dict[str, Any]) -> str:
-    """The digest of a plan as plain data; see `megacpp_stp.plan.build.RunPlan.digest`."""
-    content = {key: value for key, value in plan.items() if key != "digest"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _first_difference(got: Sequence[str], wanted: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megacpp_stp.training.arguments import plan_digest
+from megacpp_stp.plan.build import plan_digest
 from tests.e2e.conftest import command, environment
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
+from megacpp_stp.plan.build import plan_digest
 from megacpp_stp.recipe import list_recipes, load_recipe
-from megacpp_stp.training.arguments import plan_digest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

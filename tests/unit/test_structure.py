@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "cli": {"training", "runs", "data", "plan", "recipe"},
     "training": {"runs", "data", "model", "patches", "stp", "plan", "recipe"},
     "plan": {"recipe"},
-    "runs": set(),
+    "runs": {"plan", "recipe"},
     "data": set(),
     "model": set(),
     "patches": set(),
