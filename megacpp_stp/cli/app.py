@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from megacpp_stp import __version__
-from megacpp_stp.cli import check, data, diff, launch, plan, runs
+from megacpp_stp.cli import check, data, diff, launch, memory, plan, runs
 from megacpp_stp.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("list")(plan.list_command)
 app.command("plan")(plan.plan_command)
 app.command("check")(check.check_command)
 app.command("diff")(diff.diff_command)
+app.command("memory")(memory.memory_command)
 app.command("launch")(launch.launch_command)
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
