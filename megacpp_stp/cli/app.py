@@ -56,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"megacpp-stp: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"megacpp-stp: {error}", file=sys.stderr)  # a full disk, most likely
+        return 1
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from megacpp_stp.data.corpus import display
 from megacpp_stp.data.manifest import DatasetManifest
-from megacpp_stp.data.prepare import DEFAULT_VOCAB_SIZE, PrepareOptions
+from megacpp_stp.data.prepare import DEFAULT_VOCAB_SIZE, MAX_WORKERS_PER_CPU, PrepareOptions
 from megacpp_stp.data.prepare import prepare as prepare_dataset
 from megacpp_stp.data.progress import console_reporter
+from megacpp_stp.data.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE
 
 app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 
@@ -46,7 +47,10 @@ def prepare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Dataset directory to make.")],
     vocab_size: Annotated[
         int | None,
-        typer.Option(help="Tokens of the tokenizer to train.", show_default=str(DEFAULT_VOCAB_SIZE)),
+        typer.Option(
+            help=f"Tokens of the tokenizer to train, {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}.",
+            show_default=str(DEFAULT_VOCAB_SIZE),
+        ),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory of a tokenizer to reuse instead of training one.")
@@ -65,7 +69,11 @@ def prepare(
         bool, typer.Option("--skip-undecodable", help="Leave out documents that are not UTF-8.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(help="Threads; they do not change the result.", show_default="the CPUs")
+        int | None,
+        typer.Option(
+            help=f"Threads, at most {MAX_WORKERS_PER_CPU} per CPU; they do not change the result.",
+            show_default="the CPUs",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the prepared dataset at --output.")] = False,
 ) -> None:

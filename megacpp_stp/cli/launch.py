@@ -20,10 +20,12 @@ def launch_command(
     recipe: RecipeArgument,
     set_: SetOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda when each process has a GPU.")] = "cuda",
-    nproc: Annotated[int | None, typer.Option(help="Processes on this node; must be the recipe's.")] = None,
-    nnodes: Annotated[int | None, typer.Option(help="Nodes; must be the recipe's.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this node; must be the recipe's.")] = None,
+    nnodes: Annotated[int | None, typer.Option(min=1, help="Nodes; must be the recipe's.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="A new directory; default runs/RECIPE-TIME.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the rendezvous; default: a free one.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the rendezvous; default: a free one.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and touch nothing.")] = False,
 ) -> None:
     """Launch a recipe on this node, under torchrun."""

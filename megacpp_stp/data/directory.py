@@ -10,9 +10,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megacpp_stp.data.corpus import display
+from megacpp_stp.data.corpus import display, real_path
 from megacpp_stp.data.manifest import MANIFEST_NAME, read_raw_manifest
 from megacpp_stp.errors import UserError
+
+
+def resolve_output(output: Path) -> Path:
+    """Return the real path of a directory to make.
+
+    Args:
+        output: The directory as the user named it.
+
+    Raises:
+        UserError: It is a symbolic link, or lies behind one that leads nowhere. The dataset would be made, or
+            with `--force` replaced, in a place the user did not name.
+    """
+    for path in (output, *output.parents):
+        if not os.path.islink(path) or (path != output and os.path.exists(path)):
+            continue
+        target = display(real_path(path))
+        raise UserError(
+            f"{display(path)} is a symbolic link to {target}"
+            + ("" if os.path.exists(path) else ", which does not exist"),
+            field="--output",
+            value=display(output),
+            fix="remove the link, or name the directory itself",
+        )
+    return real_path(output)
 
 
 def check_target(output: Path, *, replace: bool) -> None:

@@ -26,6 +26,11 @@ from megacpp_stp.data.progress import Reporter, SilentReporter
 from megacpp_stp.errors import UserError
 
 DEFAULT_VOCAB_SIZE = 4096
+# Each thread may hold megabytes of tokens and must end its chunk before a signal can end the run, so threads far
+# beyond the CPUs only cost memory and delay.
+MAX_WORKERS_PER_CPU = 4
+# Byte counts and the seed stand in the manifest, where readers in other languages take them for 64-bit integers.
+_MIN_INT64, _MAX_INT64 = -(2**63), 2**63 - 1
 TOKENIZER_SAMPLE_BYTES = 20_000_000
 _LOSSLESS_SAMPLE_BYTES = 1_000_000
 
@@ -37,15 +42,17 @@ class PrepareOptions:
     Attributes:
         inputs: Files and directories of text.
         output: The dataset directory to make.
-        vocab_size: Number of token ids; None for 4096, or for what a reused tokenizer has.
+        vocab_size: Number of token ids, from `tokenizer.MIN_VOCAB_SIZE` to `tokenizer.MAX_VOCAB_SIZE`; None for
+            4096, or for what a reused tokenizer has.
         tokenizer: Directory of a tokenizer to reuse; None trains one.
         suffixes: In directories, take only file names with one of these endings; empty takes all.
         valid_fraction: Share of the documents to validate with, in (0, 1).
-        min_bytes: Leave out documents with fewer UTF-8 bytes.
+        min_bytes: Leave out documents with fewer UTF-8 bytes; at least 1, as `max_bytes`, and 64-bit.
         max_bytes: Stop taking documents, in the seeded order, before their UTF-8 bytes exceed this.
-        seed: Draws the order of the documents.
+        seed: Draws the order of the documents; a signed 64-bit integer.
         skip_undecodable: Leave out documents that are not UTF-8 instead of failing.
-        workers: Number of threads; None for the CPUs at hand. Does not change the result.
+        workers: Number of threads, at most `MAX_WORKERS_PER_CPU` per CPU at hand; None for one per CPU. Does not
+            change the result.
         force: Replace a prepared dataset at `output`.
     """
 
@@ -87,7 +94,7 @@ def prepare(options: PrepareOptions, reporter: Reporter | None = None) -> Datase
         UserError: An option, the input, the output or the installation is at fault.
     """
     reporter = reporter or SilentReporter()
-    output = corpus.real_path(options.output)
+    output = directory.resolve_output(options.output)
     workers = _cpus() if options.workers is None else options.workers
     _check_options(options, output=output)
     directory.check_target(output, replace=options.force)
@@ -110,28 +117,7 @@ def prepare(options: PrepareOptions, reporter: Reporter | None = None) -> Datase
 
 
 def _check_options(options: PrepareOptions, *, output: Path) -> None:
-    size = options.vocab_size
-    if size is not None and size < tokenizer.MIN_VOCAB_SIZE:
-        raise UserError(
-            "the vocabulary is too small for the 256 bytes and the 2 special tokens",
-            field="--vocab-size",
-            value=size,
-            fix=f"use {tokenizer.MIN_VOCAB_SIZE} or more",
-        )
-    if not 0 < options.valid_fraction < 1:
-        raise UserError(
-            "not a fraction between 0 and 1",
-            field="--valid-fraction",
-            value=options.valid_fraction,
-            fix="use a value such as 0.05",
-        )
-    for field, value in (
-        ("--min-bytes", options.min_bytes),
-        ("--max-bytes", options.max_bytes),
-        ("--workers", options.workers),
-    ):
-        if value is not None and value < 1:
-            raise UserError("not a positive number", field=field, value=value, fix="use 1 or more")
+    _check_ranges(options)
     for suffix in options.suffixes:
         if not suffix.startswith(".") or len(suffix) < 2:
             raise UserError("a suffix begins with a dot", field="--suffix", value=suffix, fix="use one such as .hpp")
@@ -148,6 +134,36 @@ def _check_options(options: PrepareOptions, *, output: Path) -> None:
                     value=corpus.display(options.output),
                     fix="name an output directory outside of the inputs",
                 )
+
+
+def _check_ranges(options: PrepareOptions) -> None:
+    if not 0 < options.valid_fraction < 1:
+        raise UserError(
+            "not a fraction between 0 and 1",
+            field="--valid-fraction",
+            value=options.valid_fraction,
+            fix="use a value such as 0.05",
+        )
+    size, cpus = options.vocab_size, _cpus()
+    if size is not None and size < tokenizer.MIN_VOCAB_SIZE:
+        raise UserError(
+            "the vocabulary is too small for the 256 bytes and the 2 special tokens",
+            field="--vocab-size",
+            value=size,
+            fix=f"use {tokenizer.MIN_VOCAB_SIZE} or more",
+        )
+    for field, value, least, most, why in (
+        ("--vocab-size", size, tokenizer.MIN_VOCAB_SIZE, tokenizer.MAX_VOCAB_SIZE, ""),
+        ("--workers", options.workers, 1, MAX_WORKERS_PER_CPU * cpus, f", {MAX_WORKERS_PER_CPU} for each CPU at hand"),
+        ("--min-bytes", options.min_bytes, 1, _MAX_INT64, ""),
+        ("--max-bytes", options.max_bytes, 1, _MAX_INT64, ""),
+        ("--seed", options.seed, _MIN_INT64, _MAX_INT64, ""),
+    ):
+        if value is not None and value > most:
+            raise UserError("the number is too large", field=field, value=value, fix=f"use {most} or less{why}")
+        if value is not None and value < least:
+            problem = "not a positive number" if least == 1 else "the number is too small"
+            raise UserError(problem, field=field, value=value, fix=f"use {least} or more")
 
 
 def _choose(options: PrepareOptions, found: corpus.FoundFiles, reporter: Reporter) -> _Documents:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 MIN_VOCAB_SIZE = 256 + 2  # the bytes and the special tokens
+# The trainer reserves memory for the whole vocabulary at once and aborts the process where there is too little.
+MAX_VOCAB_SIZE = 2**20
 
 _CONFIG = {
     "add_prefix_space": False,
@@ -60,13 +62,23 @@ class TextTokenizer:
     eod_id: int
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, with no special token among them."""
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Return the token ids of each text, with no special token among them.
+
+        Raises:
+            UserError: The tokenizer cannot encode a text.
+        """
+        with _library_errors("it cannot encode the documents"):
+            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens spelt out."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+        """Return the text of token ids, special tokens spelt out.
+
+        Raises:
+            UserError: The tokenizer cannot decode them.
+        """
+        with _library_errors("it cannot decode its tokens"):
+            return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
 
 @contextmanager
@@ -105,7 +117,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, directory: Path) -
         directory: Where to save; made when missing.
 
     Raises:
-        UserError: The sample has too few repeated pairs for the vocabulary.
+        UserError: The sample has too few repeated pairs for the vocabulary, or the library fails on it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -119,7 +131,17 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, directory: Path) -
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    try:
+        tokenizer.train_from_iterator(texts, trainer)
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise UserError(
+            f"the tokenizers library failed to train: {error}",
+            field="--vocab-size",
+            value=vocab_size,
+            fix="pass a smaller --vocab-size, or --tokenizer to reuse one",
+        ) from error
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         raise UserError(
@@ -176,10 +198,8 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
     """
     from tokenizers import Tokenizer
 
-    try:
+    with _library_errors("tokenizer.json cannot be loaded"):
         backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise _unusable(f"tokenizer.json cannot be loaded: {error}") from error
     # Reused tokenizers may cut or pad to a model's length; documents are stored whole.
     backend.no_truncation()
     backend.no_padding()
@@ -214,6 +234,23 @@ def _eos_token(config: Path) -> str | None:
     if isinstance(eos, dict):
         eos = eos.get("content")
     return eos if isinstance(eos, str) else None
+
+
+@contextmanager
+def _library_errors(problem: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises on a tokenizer into a `UserError`."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises bare Exception, and for a panic in its Rust code a BaseException. A signal passes through.
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        raise _unusable(f"{problem}: {error}") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code panicked; the class has a name but no module to import it from."""
+    return type(error).__name__ == "PanicException"
 
 
 def _unusable(problem: str) -> UserError:

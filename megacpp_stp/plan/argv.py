@@ -164,6 +164,9 @@ def _training(recipe: Recipe) -> Iterator[Argument]:
     yield _arg("--seed", training.seed, "training.seed")
     if training.precision == "bf16":
         yield _flag("--bf16", "training.precision")
+    # Upstream's default repeats a step whose loss is not finite, then wants to save and move to another GPU.
+    # Here the first NaN ends the run, with its iteration.
+    yield _arg("--rerun-mode", "disabled", "training (stop at the first NaN)")
     yield _arg("--log-interval", training.log_interval, "training.log_interval")
     yield _arg("--eval-interval", training.eval_interval, "training.eval_interval")
     yield _arg("--eval-iters", training.eval_iterations, "training.eval_iterations")

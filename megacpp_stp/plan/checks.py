@@ -10,6 +10,8 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.plan.lowering import MOE_SYMBOL, HybridPlan
 from megacpp_stp.recipe.schema import Attention, Mla, Recipe
 
+MOST_ROWS = 4096  # of one tap's seam: a comparison matrix of 16 M entries
+
 
 def data_parallel_size(recipe: Recipe) -> int:
     """World size over tensor x pipeline x context.
@@ -165,6 +167,15 @@ def _check_stp(recipe: Recipe) -> None:
             field="stp.taps",
             value=list(stp.taps),
             fix=f"write {sorted(set(stp.taps))}",
+        )
+    rows = 3 * stp.n_spans * recipe.training.micro_batch_size
+    if rows > MOST_ROWS:
+        raise UserError(
+            f"3 positions x {stp.n_spans} spans x micro_batch_size {recipe.training.micro_batch_size} are {rows} rows, "
+            f"and the seam compares each with each; at most {MOST_ROWS}",
+            field="stp.n_spans",
+            value=stp.n_spans,
+            fix=f"use at most {MOST_ROWS // (3 * recipe.training.micro_batch_size)}",
         )
     if stp.weight > 0 and stp.start_step >= recipe.training.iterations:
         raise UserError(

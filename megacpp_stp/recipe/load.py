@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,16 +144,15 @@ def _finding(item: Any, where: str) -> tuple[str, str]:
         return "has no 'block'", "say which block it is"
     problem = f"{item['msg'][0].lower()}{item['msg'][1:]} (got {shown})"
     if isinstance(value, str) and kind in ("int_type", "float_type") and _is_number(value):
-        return problem, "write the number without quotes"
+        return problem, "write a plain number, without quotes"
     return problem, ""
 
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

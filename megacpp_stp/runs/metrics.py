@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from megacpp_stp.errors import UserError
 
 Record = dict[str, Any]
+NUMBERS = ("lm_loss", "bits_per_byte", "stp_loss", "stp_weighted", "grad_norm", "tokens_per_s", "step_time_s")
 
 
 class MetricsWriter:
@@ -54,9 +55,8 @@ def read_metrics(path: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError
-        except ValueError:
+            _check(record)
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             raise UserError(
@@ -66,6 +66,26 @@ def read_metrics(path: Path) -> list[Record]:
             ) from None
         records.append(record)
     return records
+
+
+def _check(record: Any) -> None:
+    """Refuse what our readers could not compute with.
+
+    Raises:
+        ValueError: Not an object with an iteration, or a number that is none.
+    """
+    if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+        raise ValueError
+    for name, value in record.items():
+        number = isinstance(value, int | float) and math.isfinite(value)
+        if name in NUMBERS and not (value is None or (number and not isinstance(value, bool))):
+            raise ValueError
+
+
+def last_of(record: Record) -> Record | None:
+    """What a receipt keeps of the last iteration; None before the first."""
+    names = ("iteration", "lm_loss", "bits_per_byte", "stp_loss", "peak_memory_bytes")
+    return {name: _finite(record[name]) for name in names if name in record} or None
 
 
 def mean_of(records: Sequence[Record], value: Callable[[Record], float | None] | str) -> float | None:

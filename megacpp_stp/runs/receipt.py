@@ -1,64 +1,170 @@
 """receipt.json: what really ran. Incomplete until the run says otherwise.
 
 It answers four questions - which exact spec, which hybrid pattern, which patches were installed, which auxiliary
-losses were on or delayed - and names substrate, data and parameters.
+losses were on or delayed - and names substrate, data and parameters. The launcher writes it before the first process
+starts, rank 0 fills it while the run goes on, and the launcher closes it when rank 0 could not.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megacpp_stp.runs.files import RECEIPT, write_json
+from megacpp_stp.errors import UserError
+from megacpp_stp.runs.files import RECEIPT, read_json, write_json
 
 RECEIPT_VERSION = 1
+_LONGEST_REASON = 400
 
 
 class Receipt:
-    """The receipt of a running process, on disk from its first line on.
+    """A receipt on disk that is being filled.
 
     Args:
-        directory: The run directory.
-        facts: What is known at the start; see `megacpp_stp.training.facts`.
+        directory: The run directory; its receipt exists.
     """
 
-    def __init__(self, directory: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, directory: Path) -> None:
         self._path = directory / RECEIPT
-        self._content: dict[str, Any] = {
+        self._content = read_json(self._path)
+
+    @classmethod
+    def create(cls, directory: Path, facts: Mapping[str, Any]) -> Receipt:
+        """Write the receipt of a run that has not started."""
+        content = {
             "receipt_version": RECEIPT_VERSION,
             "status": "incomplete",
-            "reason": "the run has not ended, or was killed",
-            "started": _now(),
+            "reason": "the run has not ended, or was killed together with its launcher",
+            "started": now(),
             "ended": None,
+            "iterations_done": None,
             **facts,
         }
-        self._write()
+        write_json(directory / RECEIPT, content)
+        return cls(directory)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run did all that its plan asked for."""
+        return bool(self._content.get("status") == "complete")
+
+    @property
+    def failure_kind(self) -> str | None:
+        """``user`` for a mistake that the user can mend, ``crash`` or ``signal`` else; None without a failure."""
+        kind = self._content.get("failure_kind")
+        return kind if isinstance(kind, str) else None
 
     def update(self, **facts: Any) -> None:
         """Add or replace facts."""
         self._content.update(facts)
-        self._write()
+        write_json(self._path, self._content)
 
     def complete(self, **facts: Any) -> None:
         """The run did all that its plan asked for."""
-        self._content.update(facts, status="complete", reason=None, ended=_now())
-        self._write()
+        self.update(**facts, status="complete", reason=None, ended=now())
 
     def fail(self, reason: str, *, kind: str, **facts: Any) -> None:
         """The run ended early.
 
         Args:
-            reason: In a sentence.
-            kind: ``user`` for a mistake that the user can mend, ``crash`` for anything else.
+            reason: In a sentence; paths, hosts and addresses are taken out of it.
+            kind: See `failure_kind`.
             **facts: More to record.
         """
-        self._content.update(facts, status="incomplete", reason=reason, failure_kind=kind, ended=_now())
-        self._write()
-
-    def _write(self) -> None:
-        write_json(self._path, self._content)
+        self.update(**facts, status="incomplete", reason=without_places(reason), failure_kind=kind, ended=now())
 
 
-def _now() -> str:
+def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe, spec, pattern, auxiliary losses and topology of a plan, as a receipt says them."""
+    recipe, layout, argv = plan["recipe"], plan["layout"], plan["argv"]
+    spec = argv.index("--spec")
+    experts = recipe["model"]["families"]["E"]
+    stand_ins = {str(layer["number"]): layer["seam"] for layer in layout["layers"] if layer["seam"]}
+    return {
+        "plan_digest": plan["digest"],
+        "recipe": {"name": recipe["name"], "provenance": recipe["provenance"], "overrides": recipe["overrides"]},
+        "spec": {"module": argv[spec + 1], "name": argv[spec + 2], "backend": recipe["model"]["backend"]},
+        "pattern": {
+            "source": layout["source_pattern"],
+            "megatron": layout["megatron_pattern"],
+            "stand_ins": stand_ins,
+        },
+        "auxiliary_losses": {
+            "stp": recipe["stp"],
+            "moe_load_balancing": experts["router"]["aux_loss_coeff"] if experts else None,
+            "moe_z_loss": experts["router"]["z_loss_coeff"] if experts else None,
+            "mtp": None,
+        },
+        "topology": {
+            "world_size": plan["world_size"],
+            "data_parallel": plan["data_parallel"],
+            **{key: recipe["parallel"][key] for key in ("tensor", "pipeline", "virtual", "context", "expert")},
+            "micro_batches": plan["micro_batches"],
+        },
+        "seeds": {"training": recipe["training"]["seed"], "stp": recipe["stp"]["seed"] if recipe["stp"] else None},
+        "iterations_planned": recipe["training"]["iterations"],
+        "patches": None,
+        "substrate": None,
+        "data": None,
+        "parameters": None,
+    }
+
+
+def read_receipt(directory: Path) -> dict[str, Any]:
+    """A run's receipt, checked for what its readers use.
+
+    Raises:
+        UserError: No receipt, or a damaged one.
+    """
+    path = directory / RECEIPT
+    receipt = read_json(path)
+    parameters, validation = receipt.get("parameters"), receipt.get("validation", [])
+    whole = (
+        receipt.get("receipt_version") == RECEIPT_VERSION
+        and isinstance(receipt.get("recipe"), dict)
+        and isinstance(receipt["recipe"].get("name"), str)
+        and receipt.get("status") in ("complete", "incomplete")
+        and isinstance(receipt.get("reason"), str | None)
+        and "substrate" in receipt
+        and (parameters is None or _are_counts(parameters))
+        and isinstance(validation, list)
+        and all(_is_validation(record) for record in validation)
+    )
+    if not whole:
+        raise UserError(
+            f"is not a whole receipt of version {RECEIPT_VERSION}",
+            field=str(path),
+            fix="the file is damaged, or from another version; use another run",
+        )
+    return receipt
+
+
+def _are_counts(parameters: Any) -> bool:
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("by_pipeline_rank"), list):
+        return False
+    return all(type(count) is int for count in (parameters.get("total"), *parameters["by_pipeline_rank"]))
+
+
+def _is_validation(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and type(record.get("iteration")) is int
+        and all(isinstance(record.get(name), float) for name in ("lm_loss", "bits_per_byte"))
+    )
+
+
+def without_places(text: str) -> str:
+    """One line of `text` without paths, host names and addresses: a receipt is for strangers."""
+    line = " ".join(text.split())
+    line = re.sub(r"(?<![\w.])(?:/[\w.+@-]+){2,}", lambda path: path[0].rsplit("/", 1)[1], line)
+    line = re.sub(r"\[?\b\d{1,3}(?:\.\d{1,3}){3}\b\]?(?::\d+)?", "(an address)", line)
+    line = re.sub(r"\bnode \S+", "node (a host)", line)
+    return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + "..."
+
+
+def now() -> str:
+    """UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

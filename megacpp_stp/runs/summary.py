@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megacpp_stp.runs.files import METRICS, RECEIPT, read_json
+from megacpp_stp.runs.files import METRICS
 from megacpp_stp.runs.metrics import Record, mean_of, read_metrics
+from megacpp_stp.runs.receipt import read_receipt
 
 _WINDOW = 10  # iterations that stand for "first" and "last" of a phase
 _ROWS: tuple[tuple[str, str, str], ...] = (
@@ -32,8 +33,9 @@ def summarise(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: Not a readable run directory.
     """
-    receipt = read_json(directory / RECEIPT)
-    records = read_metrics(directory / METRICS)
+    receipt = read_receipt(directory)
+    path = directory / METRICS
+    records = read_metrics(path) if path.exists() else []  # a run may end before its first iteration
     phases = {
         "before the gate": [record for record in records if record.get("stp_active") is False],
         "after the gate": [record for record in records if record.get("stp_active") is True],
@@ -45,6 +47,7 @@ def summarise(directory: Path) -> dict[str, Any]:
         "status": receipt["status"],
         "reason": receipt["reason"],
         "parameters": receipt["parameters"],
+        "validation": receipt.get("validation", []),
         "substrate": receipt["substrate"],
         "iterations": len(records),
         "phases": {name: _phase(found) for name, found in phases.items() if found},
@@ -82,6 +85,12 @@ def print_summary(directory: Path, console: Console) -> None:
     window = max((phase["window"] for phase in facts["phases"].values()), default=0)
     if window:
         console.print(f"a -> b: mean of the first and of the last {window} iterations", markup=False)
+    for record in facts["validation"]:
+        console.print(
+            f"validation after iteration {record['iteration']}: {record['lm_loss']:.3f} nats a token, "
+            f"{record['bits_per_byte']:.3f} bits a byte",
+            markup=False,
+        )
     if facts["reason"]:
         console.print(f"incomplete: {facts['reason']}", markup=False)
     if facts["parameters"]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.runs.failures import report_failure
 from megacpp_stp.training.arguments import add_nam_arguments, read_plan, stp_config
 
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         plan = read_plan(argv)
-        with ExitStack() as undo:
+        directory = Path(argv[list(argv).index("--nam-run-dir") + 1])
+        with ExitStack() as undo, _reported(directory):
             if plan["device"] == "cpu":
                 from megacpp_stp.training.cpu_backend import install
 
@@ -39,6 +41,16 @@ def main(argv: Sequence[str]) -> int:
         print(f"megacpp-stp: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+@contextmanager
+def _reported(directory: Path) -> Iterator[None]:
+    """Whatever ends this rank is written down before its process is gone."""
+    try:
+        yield
+    except BaseException as error:
+        report_failure(directory, rank=int(os.environ.get("RANK", "0")), error=error)
+        raise
 
 
 class _Rank:
@@ -57,16 +69,15 @@ class _Rank:
 
         self._patches = [undo.enter_context(apply())]
         args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
-        self._directory: Path = args.nam_run_dir
         if self._rank == 0:
             from megacpp_stp.training.journal import Journal
 
-            self._writer = Journal(self._directory, self._plan)
+            self._writer = Journal(args.nam_run_dir, self._plan)
         try:
             self._pretrain(args)
         except BaseException as error:
             if self._writer is not None:
-                self._writer.failed(error)
+                self._writer.failed(error, kind="user" if isinstance(error, UserError) else "crash")
             raise
         if self._writer is not None:
             self._writer.completed()
@@ -92,6 +103,7 @@ class _Rank:
             ModelType.encoder_or_decoder,
             forward_step,
         )
+        recorder.end_evaluation()
 
     def _recorder(self, args: Any) -> Any:
         from megacpp_stp.data.manifest import load_manifest
@@ -104,9 +116,10 @@ class _Rank:
             device=self._device(),
             iteration=lambda: args.curr_iteration,
             tokens_per_iteration=args.global_batch_size * args.seq_length,
-            bits_per_byte=lambda loss: manifest.bits_per_byte("train", loss_nats=loss),
+            bits_per_byte=lambda split, loss: manifest.bits_per_byte(split, loss_nats=loss),
             peak_memory=lambda: peak_memory_bytes(device),
-            emit=self._writer.record if self._writer is not None else lambda record: None,
+            emit=self._writer.record if self._writer is not None else _ignore,
+            emit_validation=self._writer.validation if self._writer is not None else _ignore,
         )
 
     def _before_wrap(self, chunks: list[Any], args: Any, recorder: Any) -> list[Any]:
@@ -136,6 +149,10 @@ class _Rank:
         return (
             torch.device("cpu") if self._plan["device"] == "cpu" else torch.device("cuda", torch.cuda.current_device())
         )
+
+
+def _ignore(record: Any) -> None:
+    """What ranks other than 0 do with a record."""
 
 
 if __name__ == "__main__":

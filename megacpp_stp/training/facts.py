@@ -1,4 +1,4 @@
-"""What a receipt says of a run before its first iteration: spec, pattern, auxiliary losses, substrate, data."""
+"""What a rank knows of itself: substrate, data, environment, memory."""
 
 from __future__ import annotations
 
@@ -39,46 +39,6 @@ _ENV_ALLOWED = (
     "TORCHDYNAMO_DISABLE",
     "WORLD_SIZE",
 )
-
-
-def plan_facts(plan: dict[str, Any]) -> dict[str, Any]:
-    """Recipe, spec, pattern, auxiliary losses and topology, from the plan that the process verified."""
-    recipe, layout = plan["recipe"], plan["layout"]
-    argv = plan["argv"]
-    spec = argv.index("--spec")
-    experts = recipe["model"]["families"]["E"]
-    stand_ins = {str(layer["number"]): layer["seam"] for layer in layout["layers"] if layer["seam"]}
-    return {
-        "plan_digest": plan["digest"],
-        "recipe": {
-            "name": recipe["name"],
-            "provenance": recipe["provenance"],
-            "overrides": recipe["overrides"],
-        },
-        "spec": {"module": argv[spec + 1], "name": argv[spec + 2], "backend": recipe["model"]["backend"]},
-        "pattern": {
-            "source": layout["source_pattern"],
-            "megatron": layout["megatron_pattern"],
-            "stand_ins": stand_ins,
-        },
-        "auxiliary_losses": {
-            "stp": recipe["stp"],
-            "moe_load_balancing": experts["router"]["aux_loss_coeff"] if experts else None,
-            "moe_z_loss": experts["router"]["z_loss_coeff"] if experts else None,
-            "mtp": None,
-        },
-        "topology": {
-            "world_size": plan["world_size"],
-            "data_parallel": plan["data_parallel"],
-            **{key: recipe["parallel"][key] for key in ("tensor", "pipeline", "virtual", "context", "expert")},
-            "micro_batches": plan["micro_batches"],
-        },
-        "seeds": {
-            "training": recipe["training"]["seed"],
-            "stp": recipe["stp"]["seed"] if recipe["stp"] else None,
-        },
-        "iterations_planned": recipe["training"]["iterations"],
-    }
 
 
 def substrate(device: str) -> dict[str, Any]:

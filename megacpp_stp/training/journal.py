@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.data.manifest import load_manifest
-from megacpp_stp.errors import UserError
-from megacpp_stp.runs.files import ENV, METRICS, PATCHES, write_json
-from megacpp_stp.runs.metrics import MetricsWriter, Record
-from megacpp_stp.runs.receipt import Receipt
-from megacpp_stp.training.facts import allowed_environment, data_facts, plan_facts, substrate
+from megacpp_stp.runs.files import ENV, METRICS, PATCHES, RECEIPT, write_json
+from megacpp_stp.runs.metrics import MetricsWriter, Record, last_of
+from megacpp_stp.runs.receipt import Receipt, plan_facts
+from megacpp_stp.training.facts import allowed_environment, data_facts, substrate
 
 
 class Journal:
@@ -23,22 +22,16 @@ class Journal:
 
     def __init__(self, directory: Path, plan: dict[str, Any]) -> None:
         self._directory = directory
-        self._plan = plan
+        self._wanted = plan["recipe"]["training"]["iterations"]
         self._last: Record = {}
-        self._best: Record = {}
-        write_json(directory / ENV, allowed_environment())
+        self._validations: list[Record] = []
+        # Under plain torchrun nobody has written it yet.
+        known = (directory / RECEIPT).exists()
+        self._receipt = Receipt(directory) if known else Receipt.create(directory, plan_facts(plan))
         self._metrics = MetricsWriter(directory / METRICS)
-        self._receipt = Receipt(
-            directory,
-            {
-                **plan_facts(plan),
-                "patches": None,
-                "substrate": substrate(plan["device"]),
-                "data": data_facts(load_manifest(Path(plan["recipe"]["data"]["path"]))),
-                "parameters": None,
-                "iterations_done": 0,
-            },
-        )
+        write_json(directory / ENV, allowed_environment())
+        data = data_facts(load_manifest(Path(plan["recipe"]["data"]["path"]), field="data.path"))
+        self._receipt.update(substrate=substrate(plan["device"]), data=data)
 
     def model_built(self, parameters_by_stage: list[int], *, stack: str, patches: list[list[dict[str, str]]]) -> None:
         """The model exists.
@@ -57,34 +50,28 @@ class Journal:
         self._metrics.write(record)
         first = not self._last
         self._last = record
-        if not self._best or record["lm_loss"] < self._best["lm_loss"]:
-            self._best = record
         if first and "stp_loss_by_tap" in record:
             self._receipt.update(taps_fed=sorted(map(int, record["stp_loss_by_tap"])))
 
+    def validation(self, record: Record) -> None:
+        """One evaluation ended."""
+        self._validations.append(record)
+        self._receipt.update(validation=self._validations)
+
     def completed(self) -> None:
         """`pretrain` returned."""
-        wanted, done = self._plan["recipe"]["training"]["iterations"], self._last.get("iteration", 0)
         self._metrics.close()
-        if done < wanted:
-            self._receipt.fail(f"ended after iteration {done} of {wanted}", kind="crash", **self._outcome())
+        done = self._last.get("iteration", 0)
+        if done < self._wanted:
+            self._receipt.fail(f"ended after iteration {done} of {self._wanted}", kind="crash", **self._outcome())
         else:
             self._receipt.complete(**self._outcome())
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException, *, kind: str) -> None:
         """`pretrain` raised."""
-        kind = "user" if isinstance(error, UserError) else "crash"
         self._metrics.close()
         self._receipt.fail(f"{type(error).__name__}: {error}", kind=kind, **self._outcome())
 
     def _outcome(self) -> dict[str, Any]:
-        def summary(record: Record) -> dict[str, Any] | None:
-            names = ("iteration", "lm_loss", "bits_per_byte", "stp_loss")
-            return {name: record[name] for name in names if name in record} or None
-
-        return {
-            "iterations_done": self._last.get("iteration", 0),
-            "last": summary(self._last),
-            "best": summary(self._best),
-            "peak_memory_bytes": self._last.get("peak_memory_bytes"),
-        }
+        best = min(self._validations, key=lambda record: record["lm_loss"], default=None)
+        return {"iterations_done": self._last.get("iteration", 0), "last": last_of(self._last), "best": best}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shlex
@@ -13,18 +14,21 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 from megacpp_stp.data.manifest import load_manifest
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import ENTRY_MODULE, Device, RunPlan
-from megacpp_stp.runs.files import EXIT, PLAN, RECEIPT, create_run_directory, read_json, write_json
+from megacpp_stp.runs.failures import first_failure
+from megacpp_stp.runs.files import EXIT, METRICS, PLAN, create_run_directory, write_json
+from megacpp_stp.runs.metrics import last_of, read_metrics
+from megacpp_stp.runs.receipt import Receipt, plan_facts
 from megacpp_stp.training.upstream_check import require_accepted
 
 _MEGATRON_RANGE = SpecifierSet(">=0.19.2,<0.20")
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +96,13 @@ class Launch:
             0; 2 when a rank found a mistake that the user can mend; 128 + n after signal n; else 1.
         """
         create_run_directory(self.run_dir)
-        write_json(self.run_dir / PLAN, self.plan.as_dict())
+        plan = self.plan.as_dict()
+        write_json(self.run_dir / PLAN, plan)
+        Receipt.create(self.run_dir, plan_facts(plan))
         environment = {**os.environ, **{variable.name: variable.value for variable in self.plan.env}}
         environment["PYTHONUNBUFFERED"] = "1"
         returncode, caught = _run_forwarding_signals(self.command(), environment)
-        status = self._exit_status(returncode, caught)
+        status = self._close(returncode, caught)
         write_json(
             self.run_dir / EXIT,
             {
@@ -107,14 +113,26 @@ class Launch:
         )
         return status
 
-    def _exit_status(self, returncode: int, caught: int | None) -> int:
+    def _close(self, returncode: int, caught: int | None) -> int:
+        """Say in the receipt how the run ended, where rank 0 could not, and find the exit status."""
+        receipt = Receipt(self.run_dir)
+        if not receipt.is_complete:
+            path = self.run_dir / METRICS
+            records = read_metrics(path) if path.exists() else []
+            last = records[-1] if records else {}
+            outcome = {"iterations_done": last.get("iteration", 0), "last": last_of(last)}
+            failure = first_failure(self.run_dir)
+            if caught is not None:
+                receipt.fail(f"ended by {signal.Signals(caught).name}", kind="signal", **outcome)
+            elif failure is not None:
+                receipt.fail(f"rank {failure['rank']}: {failure['reason']}", kind=failure["kind"], **outcome)
+            else:
+                receipt.fail(f"torchrun ended with status {returncode} and no rank said why", kind="crash", **outcome)
         if caught is not None:
             return 128 + caught
         if returncode == 0:
-            return 0
-        receipt = self.run_dir / RECEIPT
-        failed: Any = read_json(receipt) if receipt.exists() else {}
-        return 2 if failed.get("failure_kind") == "user" else 1
+            return 0 if receipt.is_complete else 1
+        return 2 if receipt.failure_kind == "user" else 1
 
 
 def resolve_device(choice: str, *, processes: int) -> tuple[Device, str]:
@@ -223,18 +241,29 @@ def _check_port(port: int) -> None:
 
 
 def _run_forwarding_signals(command: list[str], environment: dict[str, str]) -> tuple[int, int | None]:
-    """Run to the end; a SIGINT or SIGTERM that we get ends all ranks and is reported."""
+    """Run to the end; a stop signal that we get ends all ranks and is reported."""
     caught: list[int] = []
-    # A session of its own: Ctrl-C reaches torchrun once, through us, and not each rank behind its back.
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    children: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        child.send_signal(signal.SIGTERM)
+        for child in children:
+            child.send_signal(signal.SIGTERM)
 
     earlier = {number: signal.signal(number, forward) for number in _STOP_SIGNALS}
     try:
+        # A session of its own: Ctrl-C reaches torchrun once, through us, and not each rank behind its back.
+        die_with_us = _die_with_parent if sys.platform == "linux" else None
+        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_us)
+        children.append(child)
+        if caught:  # before there was a child to tell
+            child.send_signal(signal.SIGTERM)
         return child.wait(), caught[0] if caught else None
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    """In torchrun, before it starts: when the launcher is killed, get the signal that ends all ranks."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

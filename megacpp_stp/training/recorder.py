@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from megacpp_stp.stp.meter import StpReading
 from megacpp_stp.stp.taps import StpTaps
 
 PeakMemory = Callable[[], int]
+Split = Literal["train", "valid"]
 
 
 class Recorder:
@@ -33,9 +35,11 @@ class Recorder:
         device: Of the small collectives.
         iteration: Returns the number of iterations completed.
         tokens_per_iteration: Over all data-parallel ranks.
-        bits_per_byte: From nats a token of the training split to bits a byte of its text.
+        bits_per_byte: From a split and its loss in nats a token to bits a byte of its text.
         peak_memory: This process's peak memory so far, in bytes.
         emit: Takes each record; called on every rank, after the optimizer step.
+        emit_validation: Takes the mean loss of each evaluation; called on every rank, when the next iteration or the
+            run ends.
     """
 
     def __init__(
@@ -44,9 +48,10 @@ class Recorder:
         device: torch.device,
         iteration: Callable[[], int],
         tokens_per_iteration: int,
-        bits_per_byte: Callable[[float], float],
+        bits_per_byte: Callable[[Split, float], float],
         peak_memory: PeakMemory,
         emit: Callable[[Record], None],
+        emit_validation: Callable[[Record], None],
     ) -> None:
         self._device = device
         self._iteration = iteration
@@ -54,6 +59,9 @@ class Recorder:
         self._bits_per_byte = bits_per_byte
         self._peak_memory = peak_memory
         self._emit = emit
+        self._emit_validation = emit_validation
+        self._evaluated: int | None = None
+        self._evaluation_sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._taps: StpTaps | None = None
         self._taps_proven = False
         self._started: float | None = None
@@ -65,14 +73,29 @@ class Recorder:
         """Include STP in the records."""
         self._taps = taps
 
-    def begin_forward(self) -> None:
-        """A training forward starts; the first one of an iteration starts its clock."""
-        if self._started is None:
+    def begin_forward(self, *, training: bool) -> None:
+        """A forward starts; the first one of a training iteration starts its clock."""
+        if not training:
+            self._evaluated = self._record["iteration"] if self._record else 0
+        elif self._started is None:
             self._started = time.perf_counter()
 
-    def add_loss(self, report: dict[str, Tensor]) -> None:
+    def add_loss(self, report: dict[str, Tensor], *, training: bool) -> None:
         """Take one microbatch's loss report, the dictionary that Megatron logs from."""
-        self._reports.append(report)
+        if training:
+            self._reports.append(report)
+        else:
+            self._evaluation_sums += report["lm loss"].to(torch.float64)
+
+    def end_evaluation(self) -> None:
+        """Hand out the loss of the evaluation since the last iteration, if there was one. All ranks call it."""
+        if self._evaluated is None:
+            return
+        loss, _ = self._mean_over_ranks(self._evaluation_sums)
+        self._evaluation_sums.zero_()
+        bits = self._bits_per_byte("valid", loss)
+        self._emit_validation({"iteration": self._evaluated, "lm_loss": loss, "bits_per_byte": bits})
+        self._evaluated = None
 
     def install(self, transformer_config: Any) -> None:
         """Hook into the end of backward, before megatron.training sets its default there."""
@@ -88,29 +111,38 @@ class Recorder:
         transformer_config.finalize_model_grads_func = finalize
 
     def _end_backward(self) -> None:
+        self.end_evaluation()
         iteration = self._iteration()
-        loss, tokens = self._reduce_loss()
+        loss, tokens = self._mean_over_ranks(self._loss_sums())
         # Like Megatron's console: the first iteration is 1.
         self._record = {
             "iteration": iteration + 1,
             "lm_loss": loss,
-            "bits_per_byte": self._bits_per_byte(loss),
+            "bits_per_byte": self._bits_per_byte("train", loss),
             "tokens": self._tokens,
             "loss_tokens": int(tokens),
         }
         if self._taps is not None:
             reading = self._taps.meter.reduce(device=self._device, groups=_data_then_pipeline())
             self._prove_taps(reading)
+            if not math.isfinite(reading.loss):
+                raise FloatingPointError(
+                    f"STP loss is {reading.loss} in iteration {iteration + 1}: {reading.loss_by_tap}"
+                )
             self._record.update(self._stp_record(reading, iteration))
             for report in self._reports:
                 report["stp loss"] = torch.tensor([reading.loss], device=self._device)
         self._reports = []
 
-    def _reduce_loss(self) -> tuple[float, float]:
-        """Mean loss a token and the number of tokens, over all microbatches and ranks."""
+    def _loss_sums(self) -> Tensor:
+        """Summed loss and tokens of this rank's microbatches; zeros before the last stage."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for report in self._reports:
             sums += report["lm loss"].to(torch.float64)
+        return sums
+
+    def _mean_over_ranks(self, sums: Tensor) -> tuple[float, float]:
+        """Mean loss a token and the number of tokens, over all ranks."""
         for group in _data_then_pipeline():
             dist.all_reduce(sums, group=group)
         total, tokens = sums.tolist()

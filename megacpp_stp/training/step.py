@@ -36,8 +36,7 @@ class ForwardStep:
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any
     ) -> tuple[Tensor, Callable[[Tensor], LossReport]]:
         """Run `model` on the next microbatch; the schedule applies the returned loss function on the last stage."""
-        if model.training:
-            self._recorder.begin_forward()
+        self._recorder.begin_forward(training=model.training)
         batch = next_batch(data_iterator, self._device)
         # Position ids and a None mask as upstream's own entry passes them: attention is causal in the mixers.
         output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
@@ -48,30 +47,25 @@ class ForwardStep:
 
         Args:
             loss_mask: ``[b, s]``.
-            training: False in evaluation, which the recorder does not see.
+            training: False in evaluation.
             per_token: ``[b, s]`` cross entropy in nats.
         """
         mask = loss_mask.reshape(-1).float()
         total = (per_token.reshape(-1).float() * mask).sum()
         tokens = mask.sum().to(torch.int)
         if self._check_nan:
-            _stop_unless_finite(total)
+            _stop_unless_finite(total, training=training)
         report = {"lm loss": torch.stack((total.detach(), tokens.float()))}
-        if training:
-            self._recorder.add_loss(report)
+        self._recorder.add_loss(report, training=training)
         return total, tokens, report
 
 
-def _stop_unless_finite(total: Tensor) -> None:
-    """Hand the loss to Megatron's rerun machine, which repeats the step to tell a bad GPU from a bad loss."""
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
+def _stop_unless_finite(total: Tensor, *, training: bool) -> None:
+    """End the run at the first loss that is no number.
 
-    machine = get_rerun_state_machine()
-    for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-        machine.validate_result(
-            result=total,
-            rejection_func=rejected,
-            message=f"found {name} in the local forward loss",
-            tolerance=0.0,
-            fatal=True,
-        )
+    Raises:
+        FloatingPointError: The loss of a microbatch is NaN or infinite.
+    """
+    if not torch.isfinite(total):
+        where = "training" if training else "evaluation"
+        raise FloatingPointError(f"lm loss of a {where} microbatch is {float(total)}")

@@ -1,14 +1,19 @@
 """Runs that end badly leave a receipt that says so."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
 from megacpp_stp.plan.build import plan_digest
+from megacpp_stp.runs.metrics import read_metrics
 from tests.e2e.conftest import command, environment
 
 
@@ -27,14 +32,30 @@ def test_a_rank_that_raises_leaves_an_incomplete_receipt(cli, short_run, dataset
     assert done.returncode == 1
     receipt = load(run, "receipt.json")
     assert (receipt["status"], receipt["failure_kind"], receipt["iterations_done"]) == ("incomplete", "crash", 0)
-    assert "Error" in receipt["reason"]
+    assert receipt["reason"].startswith("rank ")
     assert receipt["ended"] is not None
     assert "incomplete: " in done.stdout
     assert load(run, "exit.json")["status"] == 1
 
 
-def test_a_signal_ends_all_ranks_and_is_told(short_run, tmp_path):
+def test_what_is_no_number_ends_the_run_and_says_so(cli, short_run, tmp_path):
+    """A learning rate that blows the weights up at once: loss or gradient, ours or Megatron's check sees it first."""
     run = tmp_path / "run"
+    rates = ("--set", "optimizer.lr=1e30", "--set", "optimizer.min_lr=0", "--set", "optimizer.warmup_iterations=0")
+    done = cli(*short_run, *rates, "--run-dir", str(run))
+    assert done.returncode == 1
+    receipt = load(run, "receipt.json")
+    assert receipt["failure_kind"] == "crash"
+    assert re.match(r"rank \d: ", receipt["reason"])
+    assert re.search(r"\b(nan|inf)\b", receipt["reason"])
+    assert receipt["iterations_done"] >= 1
+    assert receipt["last"]["iteration"] == receipt["iterations_done"]
+    assert receipt["reason"] in done.stdout.replace("\n", "")
+
+
+@contextmanager
+def long_run(short_run, run, tmp_path):
+    """A run that would take hours, from its first record on."""
     arguments = [*short_run, "--set", "training.iterations=100000", "--run-dir", str(run)]
     log = tmp_path / "log"  # a pipe that nobody reads would fill and stop the run
     with log.open("w") as output:
@@ -45,16 +66,68 @@ def test_a_signal_ends_all_ranks_and_is_told(short_run, tmp_path):
             assert child.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        child.send_signal(signal.SIGTERM)
-        child.wait(timeout=90)
+        yield child
     finally:
         child.kill()
-    assert child.returncode == 128 + signal.SIGTERM
+
+
+def processes_of(run):
+    """Numbers and command lines of the processes that name the run directory (ps may cut lines off)."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it may end while we look
+            arguments = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(run) in arguments:
+                found[int(path.parent.name)] = arguments
+    return found
+
+
+def ranks_of(run):
+    return [pid for pid, args in processes_of(run).items() if "-m megacpp_stp.training.entry" in args[:200]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_all_ranks_and_is_told(short_run, tmp_path, number):
+    run = tmp_path / "run"
+    with long_run(short_run, run, tmp_path) as child:
+        child.send_signal(number)
+        child.wait(timeout=90)
+    assert child.returncode == 128 + number
     receipt = load(run, "receipt.json")
-    assert receipt["status"] == "incomplete"
-    assert load(run, "exit.json")["signal"] == "SIGTERM"
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(run) not in listed
+    assert (receipt["status"], receipt["reason"]) == ("incomplete", f"ended by {number.name}")
+    assert receipt["ended"] is not None
+    assert receipt["iterations_done"] == len(read_metrics(run / "metrics.jsonl")) > 0
+    assert load(run, "exit.json")["signal"] == number.name
+    assert not processes_of(run)
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(short_run, tmp_path):
+    run = tmp_path / "run"
+    with long_run(short_run, run, tmp_path) as child:
+        assert len(ranks_of(run)) >= 2
+        child.kill()
+        child.wait()
+        deadline = time.monotonic() + 60
+        while processes_of(run) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    assert not processes_of(run)
+    receipt = load(run, "receipt.json")
+    assert (receipt["status"], receipt["iterations_done"]) == ("incomplete", None)
+
+
+def test_a_killed_rank_is_told(short_run, tmp_path):
+    run = tmp_path / "run"
+    with long_run(short_run, run, tmp_path) as child:
+        ranks = [pid for pid in ranks_of(run) if "torch.distributed.run" not in processes_of(run)[pid]]
+        assert len(ranks) == 2
+        os.kill(ranks[-1], signal.SIGKILL)
+        child.wait(timeout=120)
+    assert child.returncode == 1
+    receipt = load(run, "receipt.json")
+    assert (receipt["status"], receipt["failure_kind"]) == ("incomplete", "crash")
+    assert receipt["iterations_done"] == len(read_metrics(run / "metrics.jsonl"))
+    assert "/" not in receipt["reason"]
+    assert not processes_of(run)
 
 
 def entry(plan, run, *more):

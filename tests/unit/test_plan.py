@@ -105,6 +105,7 @@ def test_the_digest_can_be_recomputed_from_the_file():
         (["model.families.E.topk=5"], "model.families.E.topk"),
         (["model.families.E.router.score_function=softmax"], "model.families.E.router.score_function"),
         (["optimizer.min_lr=1"], "optimizer.min_lr"),
+        (["stp.n_spans=1000"], "stp.n_spans"),
         (["model.heads=3"], "model.hidden_size"),
         (["model.families.A.qk_pos_emb_head_dim=15"], "model.families.A.qk_pos_emb_head_dim"),
         (["optimizer.warmup_iterations=300"], "optimizer.warmup_iterations"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from megacpp_stp.cli.data import app
 from megacpp_stp.data import corpus, tokenizer
 from megacpp_stp.data.manifest import DatasetManifest, load_manifest
-from megacpp_stp.data.prepare import prepare
+from megacpp_stp.data.prepare import MAX_WORKERS_PER_CPU, prepare
 from megacpp_stp.errors import UserError
 from tests.unit.data_prepare.corpora import VOCAB, contents, error_of, options, words
 
@@ -36,6 +37,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
         ({"suffixes": ("h",)}, "--suffix"),
         ({"vocab_size": 257}, "--vocab-size"),
         ({"vocab_size": 60_000}, "--vocab-size"),
+        ({"vocab_size": tokenizer.MAX_VOCAB_SIZE}, "--vocab-size"),
+        ({"vocab_size": 999_999_999}, "--vocab-size"),
+        ({"vocab_size": 10**20 - 1}, "--vocab-size"),
         ({"valid_fraction": 0.0}, "--valid-fraction"),
         ({"valid_fraction": 1.0}, "--valid-fraction"),
         ({"valid_fraction": math.nan}, "--valid-fraction"),
@@ -45,12 +49,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
         ({"max_bytes": 0}, "--max-bytes"),
         ({"min_bytes": 0}, "--min-bytes"),
         ({"min_bytes": 10**9}, "INPUT"),
+        ({"min_bytes": 2**63}, "--min-bytes"),
+        ({"max_bytes": 2**63}, "--max-bytes"),
+        ({"seed": 2**63}, "--seed"),
+        ({"seed": -(2**63) - 1}, "--seed"),
         ({"workers": 0}, "--workers"),
+        ({"workers": 100_000}, "--workers"),
+        ({"output": Path("x" * 300)}, "--output"),
         ({"tokenizer": Path("no-such-tokenizer")}, "--tokenizer"),
     ],
 )
 def test_a_wrong_option_is_named(source: Path, tmp_path: Path, changes: dict[str, Any], field: str) -> None:
-    error = error_of(lambda: prepare(options(source, tmp_path / "set", **changes)))
+    changes = {**changes, "output": tmp_path / changes.get("output", "set")}
+    error = error_of(lambda: prepare(options(source, **changes)))
     assert error.field == field
     assert list(tmp_path.iterdir()) == []
 
@@ -61,6 +72,56 @@ def test_the_reachable_vocabulary_works(source: Path, tmp_path: Path) -> None:
     assert str(reachable) in error.problem
     made = prepare(options(source, tmp_path / "set", vocab_size=reachable))
     assert made.tokenizer.vocab_size == reachable
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--vocab-size", "999999999"),
+        ("--vocab-size", "99999999999999999999"),
+        ("--workers", "100000"),
+        ("--seed", "-99999999999999999999"),
+    ],
+)
+def test_no_number_stops_the_command_with_a_traceback(source: Path, tmp_path: Path, option: str, value: str) -> None:
+    # A number that overruns the tokenizers library aborts the process, so the command needs one of its own.
+    program = "import sys; from megacpp_stp.cli.app import run; sys.exit(run(sys.argv[1:]))"
+    arguments = ["data", "prepare", source, "-o", tmp_path / "set", option, value, "--suffix", ".h"]
+    run = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert option in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_numbers_are_taken(prepared: DatasetManifest, source: Path, tmp_path: Path) -> None:
+    most = 2**63 - 1
+    chosen = options(source, tmp_path / "set", tokenizer=prepared.tokenizer_dir, max_bytes=most, seed=-most - 1)
+    made = prepare(dataclasses.replace(chosen, workers=MAX_WORKERS_PER_CPU * len(os.sched_getaffinity(0))))
+    assert (made.options.max_bytes, made.options.seed) == (most, -most - 1)
+    assert load_manifest(tmp_path / "set") == made
+
+
+def test_an_output_that_is_a_link_is_refused(prepared: DatasetManifest, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared.directory, tmp_path / "set")
+    for link, target in (("dangling", "absent"), ("good", "set"), ("chain", "good"), ("loop", "loop")):
+        (tmp_path / link).symlink_to(target)
+    before = contents(tmp_path)
+    for name in ("dangling", "good", "chain", "loop", "dangling/below", "loop/below"):
+        for force in (False, True):
+            chosen = options(source, tmp_path / name, tokenizer=prepared.tokenizer_dir, force=force)
+            error = error_of(lambda chosen=chosen: prepare(chosen))
+            assert error.field == "--output" and "symbolic link" in error.problem
+            assert ("does not exist" in error.problem) == ("dangling" in name or "loop" in name)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "absent").exists()
+
+
+def test_an_output_below_a_linked_directory_is_made(prepared: DatasetManifest, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to("disk")
+    prepare(options(source, tmp_path / "data" / "set", tokenizer=prepared.tokenizer_dir))
+    assert (tmp_path / "disk" / "set" / "dataset.json").is_file()
 
 
 @pytest.mark.parametrize("inside", ["new", "sub/deep/new", ".", "..", "loop"])
@@ -154,6 +215,44 @@ def test_an_unfit_tokenizer_is_not_reused(
         (tmp_path / "in" / f"{number}.h").write_text(f"Upper {number}")
     chosen = options(tmp_path / "in", tmp_path / "set", valid_fraction=0.5, vocab_size=None, tokenizer=broken)
     assert error_of(lambda: prepare(chosen)).field == "--tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        # A panic in the library's Rust code, on loading and on encoding.
+        ("panic", lambda raw: raw.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
+        ("panic", lambda raw: raw["model"].update(continuing_subword_prefix="long prefix")),
+        # An exception on encoding.
+        ("unknown", lambda raw: raw.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"})),
+    ],
+)
+def test_a_tokenizer_the_library_fails_on_is_named(
+    prepared: DatasetManifest, source: Path, tmp_path: Path, name: str, change: Callable[[Any], object]
+) -> None:
+    broken = tmp_path / "tokenizer"
+    shutil.copytree(prepared.tokenizer_dir, broken)
+    edit(broken / "tokenizer.json", change)
+    chosen = options(source, tmp_path / "set", vocab_size=None, tokenizer=broken)
+    assert error_of(lambda: prepare(chosen)).field == "--tokenizer"
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_panic_of_the_trainer_is_an_error_of_the_user(tmp_path: Path) -> None:
+    # The options are checked long before; this is the panic nobody foresaw.
+    def train() -> None:
+        tokenizer.train_tokenizer(["some text " * 9], vocab_size=2**64 - 1, directory=tmp_path / "tokenizer")
+
+    assert error_of(train).field == "--vocab-size"
+
+
+def test_a_signal_passes_through_the_trainer(tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        yield "some text "
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.train_tokenizer(texts(), vocab_size=300, directory=tmp_path / "tokenizer")
 
 
 def test_a_reused_tokenizer_never_cuts_documents(prepared: DatasetManifest, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""Reading what a run left, whole or damaged."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.plan import build_plan
+from megacpp_stp.recipe import load_recipe
+from megacpp_stp.runs.failures import first_failure, report_failure
+from megacpp_stp.runs.files import create_run_directory, read_json, write_json
+from megacpp_stp.runs.metrics import MetricsWriter, read_metrics
+from megacpp_stp.runs.receipt import Receipt, plan_facts, without_places
+from megacpp_stp.runs.summary import print_summary, summarise
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of two iterations, one on each side of the gate."""
+    directory = tmp_path / "run"
+    create_run_directory(directory)
+    receipt = Receipt.create(directory, plan_facts(build_plan(load_recipe("nam56r-tiny")).as_dict()))
+    writer = MetricsWriter(directory / "metrics.jsonl")
+    for iteration, active in ((1, False), (2, True)):
+        writer.write({"iteration": iteration, "lm_loss": 2.0 / iteration, "stp_active": active, "tokens_per_s": 10.0})
+    writer.close()
+    receipt.complete(iterations_done=2, validation=[{"iteration": 2, "lm_loss": 1.5, "bits_per_byte": 0.5}])
+    return directory
+
+
+def test_a_summary_splits_at_the_gate(run, capsys):
+    phases = summarise(run)["phases"]
+    assert phases["before the gate"]["lm_loss"] == {"first": 2.0, "last": 2.0}
+    assert phases["after the gate"]["iterations"] == [2, 2]
+    print_summary(run, Console(width=200))
+    assert "validation after iteration 2: 1.500 nats a token, 0.500 bits a byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("receipt.json", "{}"),
+        ("receipt.json", "[]"),
+        ("receipt.json", "{"),
+        ("receipt.json", "[" * 100_000),
+        ("receipt.json", '{"receipt_version": 99}'),
+        ("receipt.json", "\xff"),
+        ("metrics.jsonl", '{"stp_active": true}\n{"iteration": 1}\n'),
+        ("metrics.jsonl", '{"iteration": 1, "lm_loss": "a"}\n{"iteration": 2}\n'),
+        ("metrics.jsonl", '{"iteration": 1, "lm_loss": true}\n{"iteration": 2}\n'),
+        ("metrics.jsonl", '{"iteration": 1, "lm_loss": NaN}\n{"iteration": 2}\n'),
+        ("metrics.jsonl", "[]\n{}\n"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_error(run, name, content):
+    (run / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        summarise(run)
+    assert name in caught.value.field
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("recipe", "x"),
+        ("recipe", {}),
+        ("status", "fine"),
+        ("reason", 7),
+        ("parameters", {"total": 1}),
+        ("parameters", [1]),
+        ("validation", {}),
+        ("validation", [{"iteration": 1}]),
+    ],
+)
+def test_a_receipt_with_a_wrong_part_is_an_error(run, field, wrong):
+    receipt = read_json(run / "receipt.json")
+    write_json(run / "receipt.json", {**receipt, field: wrong})
+    with pytest.raises(UserError):
+        summarise(run)
+    del receipt["substrate"]
+    write_json(run / "receipt.json", receipt)
+    with pytest.raises(UserError):
+        summarise(run)
+
+
+def test_a_torn_last_line_is_left_out(run):
+    with open(run / "metrics.jsonl", "a") as handle:
+        handle.write('{"iteration": 3, "lm_lo')
+    assert [record["iteration"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_run_without_an_iteration_can_be_shown(run):
+    (run / "metrics.jsonl").unlink()
+    assert summarise(run)["phases"] == {}
+    print_summary(run, Console())
+
+
+def test_numbers_that_are_none_are_null(tmp_path):
+    writer = MetricsWriter(tmp_path / "m.jsonl")
+    writer.write({"iteration": 1, "lm_loss": float("nan"), "grad_norm": float("inf")})
+    writer.close()
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"iteration": 1, "lm_loss": None, "grad_norm": None}
+
+
+def test_the_first_failure_counts_and_a_user_error_before_all(tmp_path):
+    report_failure(tmp_path, rank=1, error=FloatingPointError("lm loss is nan"))
+    report_failure(tmp_path, rank=0, error=RuntimeError("connection reset"))
+    assert first_failure(tmp_path)["rank"] == 1
+    report_failure(tmp_path, rank=2, error=UserError("no", field="x"))
+    assert first_failure(tmp_path)["rank"] == 2
+    (tmp_path / "error-2.json").write_text("{")
+    assert first_failure(tmp_path)["rank"] == 1
+
+
+def test_a_reason_names_no_place():
+    text = (
+        "[/pytorch/third_party/gloo/pair.cc:144] Connection reset by [127.0.0.1]:2344\nRank 1, node box-7, iteration 3"
+    )
+    assert without_places(text) == "[pair.cc:144] Connection reset by (an address) Rank 1, node (a host) iteration 3"
+    assert len(without_places("x" * 5000)) < 500
+
+
+def test_a_run_directory_is_made_once(tmp_path):
+    create_run_directory(tmp_path / "a")
+    for taken in (tmp_path / "a", tmp_path):
+        with pytest.raises(UserError):
+            create_run_directory(taken)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError):
+        create_run_directory(tmp_path / "file" / "run")
