@@ -21,6 +21,28 @@ from megacpp_stp.data.tokenizer import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE
 
 app = typer.Typer(help="Prepare training data.", no_args_is_help=True)
 
+_Inputs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="INPUT",
+        help='Text files, .jsonl files (a document per line under "text") or directories of them.',
+    ),
+]
+_VocabSize = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Tokens of the tokenizer to train, {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}.",
+        show_default=str(DEFAULT_VOCAB_SIZE),
+    ),
+]
+_Workers = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Threads, at most {MAX_WORKERS_PER_CPU} per CPU; they do not change the result.",
+        show_default="the CPUs",
+    ),
+]
+
 
 class _Stopped(BaseException):
     """A signal asked the run to stop."""
@@ -37,21 +59,9 @@ def data() -> None:
 
 @app.command()
 def prepare(
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="INPUT",
-            help='Text files, .jsonl files (a document per line under "text") or directories of them.',
-        ),
-    ],
+    inputs: _Inputs,
     output: Annotated[Path, typer.Option("--output", "-o", help="Dataset directory to make.")],
-    vocab_size: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Tokens of the tokenizer to train, {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}.",
-            show_default=str(DEFAULT_VOCAB_SIZE),
-        ),
-    ] = None,
+    vocab_size: _VocabSize = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory of a tokenizer to reuse instead of training one.")
     ] = None,
@@ -68,13 +78,7 @@ def prepare(
     skip_undecodable: Annotated[
         bool, typer.Option("--skip-undecodable", help="Leave out documents that are not UTF-8.")
     ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Threads, at most {MAX_WORKERS_PER_CPU} per CPU; they do not change the result.",
-            show_default="the CPUs",
-        ),
-    ] = None,
+    workers: _Workers = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the prepared dataset at --output.")] = False,
 ) -> None:
     """Train a tokenizer on text and write Megatron training and validation datasets."""

@@ -21,14 +21,20 @@ from tests.parity.model import (
 ITERATION = 3
 
 
-def plain_gradients(config: StpConfig | None, count: int, data_parallel: int) -> dict[str, Tensor]:
+def plain_gradients(
+    config: StpConfig | None, count: int, data_parallel: int, overrides: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
     """Every parameter's gradient of ``lm_loss + weight * stp_loss`` by autograd, no schedule and no seam.
 
     The losses are means over `count` microbatches and `data_parallel` ranks; the STP loss is the plain reference on
-    hidden states that stay in the graph.
+    hidden states that stay in the graph. Losses of the experts, which `overrides` of the configuration may turn on,
+    are on upstream's own autograd function with the scale that makes them such means too.
     """
-    (chunk,) = build_chunks(transformer_config(pipeline=1), pipeline=1)
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    (chunk,) = build_chunks(transformer_config(pipeline=1, **(overrides or {})), pipeline=1)
     chunk.train()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / (count * data_parallel)))
     total = torch.zeros(())
     for data_rank, tokens in _shared_out(count, data_parallel):
         states = _keep_states(chunk, config.taps if config else ())
@@ -72,15 +78,35 @@ def _reference_stp(states: dict[int, Tensor], config: StpConfig, *, microbatch: 
     return torch.stack(losses).mean()
 
 
-def schedule_gradients(config: StpConfig | None, count: int, pipeline: int, virtual: int | None) -> dict[str, Tensor]:
-    """This rank's gradients from Megatron's own forward-backward schedule, DDP and finalize, with the STP seam."""
+def schedule_gradients(
+    config: StpConfig | None,
+    count: int,
+    pipeline: int,
+    virtual: int | None,
+    overrides: dict[str, Any] | None = None,
+    loss_scale: float | None = None,
+) -> dict[str, Tensor]:
+    """This rank's gradients from Megatron's own forward-backward schedule, DDP and finalize, with the STP seam.
+
+    Args:
+        config: STP, or None for a model without it.
+        count: Microbatches a data-parallel rank.
+        pipeline: Pipeline-parallel size.
+        virtual: Virtual stages a rank.
+        overrides: Of the transformer configuration.
+        loss_scale: The optimizer's; the gradients come back as it leaves them, unscaled.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megacpp_stp.stp.install import install_stp
 
-    settings = transformer_config(pipeline=pipeline, virtual=virtual, finalize_model_grads_func=finalize_model_grads)
+    settings = transformer_config(
+        pipeline=pipeline, virtual=virtual, finalize_model_grads_func=finalize_model_grads, **(overrides or {})
+    )
+    if loss_scale is not None:
+        settings.grad_scale_func = lambda loss: loss * loss_scale
     chunks = build_chunks(settings, pipeline=pipeline, virtual=virtual)
     data_rank = parallel_state.get_data_parallel_rank()
     if config:
@@ -99,7 +125,31 @@ def schedule_gradients(config: StpConfig | None, count: int, pipeline: int, virt
         seq_length=mine[0].shape[1] - 1,
         micro_batch_size=mine[0].shape[0],
     )
-    return {name: parameter.main_grad.clone() for chunk in chunks for name, parameter in named_parameters(chunk)}
+    return {
+        name: parameter.main_grad / (loss_scale or 1.0)
+        for chunk in chunks
+        for name, parameter in named_parameters(chunk)
+    }
+
+
+def streams_after(configs: list[StpConfig | None], count: int, pipeline: int) -> list[dict[str, Tensor]]:
+    """This rank's random streams at the start, then after a run of the schedule from there with each of `configs`.
+
+    Attention dropout is on, so that the runs draw from Megatron's tracked streams themselves.
+    """
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    def streams() -> dict[str, Tensor]:
+        tracked = get_cuda_rng_tracker().get_states()
+        return {name: state.clone() for name, state in ({"default": torch.get_rng_state()} | tracked).items()}
+
+    found = [start := streams()]
+    for config in configs:
+        torch.set_rng_state(start["default"])
+        get_cuda_rng_tracker().set_states({name: start[name].clone() for name in start if name != "default"})
+        schedule_gradients(config, count, pipeline, None, {"attention_dropout": 0.1})
+        found.append(streams())
+    return found
 
 
 def _forward_step(iterator: Any, model: Any) -> Any:
