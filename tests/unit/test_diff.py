@@ -344,10 +344,10 @@ def test_a_receipt_of_an_early_end_has_no_patches(tmp_path):
 
 
 def test_this_reads_the_receipts_that_runs_write():
-    from megacpp_stp.runs.receipt import RECEIPT_VERSION
+    from megacpp_stp.runs.receipt import RECEIPT_VERSION, plan_facts
 
     assert receipt_of(PLAN)["receipt_version"] == RECEIPT_VERSION
-    facts = pytest.importorskip("megacpp_stp.training.facts").plan_facts(PLAN)
+    facts = plan_facts(PLAN)
     mine = receipt_of(PLAN)
     for key in ("pattern", "topology", "auxiliary_losses", "seeds", "recipe"):
         assert mine[key].keys() <= facts[key].keys(), key
