@@ -59,6 +59,7 @@ class _Rank:
     def __init__(self, plan: dict[str, Any]) -> None:
         self._plan = plan
         self._rank = int(os.environ["RANK"])
+        self._device = rank_device(plan["device"])
         self._writer: Any = None
         self._patches: list[Any] = []
 
@@ -95,7 +96,7 @@ class _Rank:
         recorder.install(model_config.transformer)
         model_config.pre_wrap_hooks.append(lambda chunks: self._before_wrap(chunks, args, recorder))
         forward_step = ForwardStep(
-            device=self._device(), recorder=recorder, check_nan=args.check_for_nan_in_loss_and_grad
+            device=self._device, recorder=recorder, check_nan=args.check_for_nan_in_loss_and_grad
         )
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -113,7 +114,7 @@ class _Rank:
         manifest = load_manifest(Path(self._plan["recipe"]["data"]["path"]))
         device = self._plan["device"]
         return Recorder(
-            device=self._device(),
+            device=self._device,
             iteration=lambda: args.curr_iteration,
             tokens_per_iteration=args.global_batch_size * args.seq_length,
             bits_per_byte=lambda split, loss: manifest.bits_per_byte(split, loss_nats=loss),
@@ -130,7 +131,7 @@ class _Rank:
         from megacpp_stp.model.count import count_parameters
         from megacpp_stp.stp.install import install_stp
 
-        stages = count_parameters(chunks, device=self._device())
+        stages = count_parameters(chunks, device=self._device)
         patches: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(patches, [{"id": patch.surface.id, "state": patch.state} for patch in self._patches])
         if self._writer is not None:
@@ -143,12 +144,15 @@ class _Rank:
             recorder.observe_stp(taps)
         return chunks
 
-    def _device(self) -> Any:
-        import torch
 
-        return (
-            torch.device("cpu") if self._plan["device"] == "cpu" else torch.device("cuda", torch.cuda.current_device())
-        )
+def rank_device(kind: str) -> Any:
+    """Where this rank computes, on ``cpu`` or ``cuda``.
+
+    By torchrun's local rank, not by the current device: Megatron sets that only when it initialises.
+    """
+    import torch
+
+    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
 def _ignore(record: Any) -> None:
