@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from megacpp_stp.errors import UserError
 from megacpp_stp.stp.config import StpConfig
+from megacpp_stp.stp.layout import sequence_layout
 from megacpp_stp.stp.scale import install_scale_hook
 from megacpp_stp.stp.taps import StpTaps
+from megacpp_stp.stp.tokens import TokenCount
 
 
 def install_stp(
@@ -17,19 +20,38 @@ def install_stp(
 ) -> StpTaps:
     """Install STP on one rank's model chunks, before they are wrapped in Float16Module and DDP.
 
+    Only layers of the decoder are tapped: those of multi-token prediction start their numbers anew.
+
     Args:
         chunks: HybridModel instances, one a virtual stage; they share one TransformerConfig.
         config: The run's STP policy.
         iteration: Called in forward; returns the number of iterations completed.
-        data_rank: This rank's place in its data-parallel group.
+        data_rank: This rank's place in its data-parallel group, the same for all tensor and context ranks.
 
     Raises:
         UserError: A megatron-core or a mode in which the gradient would not be exact.
     """
-    taps = StpTaps(config, iteration=iteration, data_rank=data_rank)
     transformer_config: Any = chunks[0].config
+    groups: Any = chunks[0].pg_collection
+    _refuse_sharded_weights(transformer_config)
+    layout = sequence_layout(transformer_config, groups)
+    tokens = TokenCount(
+        wanted=transformer_config.calculate_per_token_loss,
+        context_group=groups.cp if layout.context_size > 1 else None,
+    )
+    taps = StpTaps(config, iteration=iteration, data_rank=data_rank, layout=layout, tokens=tokens)
     install_scale_hook(transformer_config, taps.scale)
     for chunk in chunks:
         stack: Any = chunk.decoder
         taps.attach(stack)
     return taps
+
+
+def _refuse_sharded_weights(transformer_config: Any) -> None:
+    if transformer_config.gtp_weight_remat_size > 1:
+        raise UserError(
+            "STP with weights sharded beyond tensor parallelism is not proven",
+            field="--gtp-weight-remat-size",
+            value=transformer_config.gtp_weight_remat_size,
+            fix="leave it out",
+        )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_COLUMNS = 4  # sum of losses, readings, valid triples, triples
+_COLUMNS = 5  # sum of weighted losses, sum of weights, readings, valid triples, triples
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,9 @@ class StpReading:
     """One iteration's STP, the same on every rank.
 
     Attributes:
-        loss_by_tap: Mean STP loss over microbatches and data ranks, by layer number.
-        readings_by_tap: How often each tap was read, over all ranks; 0 means that nothing fed it.
+        loss_by_tap: Mean STP loss over microbatches and data ranks, by layer number. Under per-token loss each
+            microbatch weighs as many as it has tokens that count.
+        readings_by_tap: How often each tap was read, over all data and context ranks; 0 means that nothing fed it.
         valid_fraction: Share of triples that were not degenerate, over all taps.
     """
 
@@ -42,7 +43,7 @@ class Meter:
         self._taps = tuple(taps)
         self._sums: dict[int, Tensor] = {}
 
-    def add(self, layer: int, *, loss: Tensor, valid: Tensor, triples: int) -> None:
+    def add(self, layer: int, *, loss: Tensor, valid: Tensor, triples: int, weight: Tensor | None = None) -> None:
         """Add one microbatch at one tap.
 
         Args:
@@ -50,9 +51,11 @@ class Meter:
             loss: Scalar, the mean over valid triples.
             valid: Scalar, how many were valid.
             triples: How many were drawn.
+            weight: Scalar, its tokens under per-token loss; microbatches weigh the same when None.
         """
-        row = torch.stack((loss, torch.ones_like(loss), valid, torch.full_like(loss, float(triples))))
-        row = row.to(torch.float64)
+        loss, one = loss.to(torch.float64), torch.ones((), dtype=torch.float64, device=loss.device)
+        weight = one if weight is None else weight.to(torch.float64)
+        row = torch.stack((loss * weight, weight, one, valid.to(torch.float64), one * triples))
         self._sums[layer] = self._sums[layer] + row if layer in self._sums else row
 
     def reset(self) -> None:
@@ -64,15 +67,16 @@ class Meter:
 
         Args:
             device: Of the collective.
-            groups: Summed over one after the other: the data-parallel group, then the pipeline group.
+            groups: Summed over one after the other: the data-parallel group with its context ranks, then the
+                pipeline group. Tensor ranks read the same, so they are not summed.
         """
         zero = torch.zeros(_COLUMNS, dtype=torch.float64, device=device)
         table = torch.stack([self._sums.get(tap, zero).to(device) for tap in self._taps])
         self.reset()
         for group in groups:
             dist.all_reduce(table, group=group)
-        losses, readings, valid, triples = table.cpu().unbind(1)
-        mean = losses / readings.clamp(min=1)
+        losses, weights, readings, valid, triples = table.cpu().unbind(1)
+        mean = losses / weights.clamp(min=1)
         return StpReading(
             loss_by_tap=dict(zip(self._taps, mean.tolist(), strict=True)),
             readings_by_tap=dict(zip(self._taps, map(int, readings.tolist()), strict=True)),

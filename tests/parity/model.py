@@ -1,4 +1,4 @@
-"""A small NAM model with weights that depend on their names alone, so that any layout builds the same one.
+"""A small NAM model and its data, with weights that depend on their names alone: any layout builds the same one.
 
 Letters: b batch, s sequence.
 """
@@ -6,16 +6,16 @@ Letters: b batch, s sequence.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SEQUENCE, BATCH, HIDDEN, VOCAB, HEADS = 24, 2, 32, 64, 4
-# A real letter of each kind on each of four segments, so that virtual stages have experts everywhere.
-SEGMENTS = ("+E", "-E+", "E-", "+E-")
-LAYERS = len("".join(SEGMENTS))
+_LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
 def transformer_config(*, pipeline: int, virtual: int | None = None, **overrides: Any) -> Any:
@@ -23,7 +23,7 @@ def transformer_config(*, pipeline: int, virtual: int | None = None, **overrides
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     settings: dict[str, Any] = {
-        "num_layers": LAYERS,
+        "num_layers": 10,
         "hidden_size": HIDDEN,
         "ffn_hidden_size": 48,
         "num_attention_heads": HEADS,
@@ -37,7 +37,8 @@ def transformer_config(*, pipeline: int, virtual: int | None = None, **overrides
         "rope_type": "rope",
         "apply_rope_fusion": False,
         "num_moe_experts": 4,
-        "moe_router_topk": 2,
+        # All of them: which two of four a token goes to may hang on the last bit, and then three steps part ways.
+        "moe_router_topk": 4,
         "moe_ffn_hidden_size": 24,
         "moe_shared_expert_intermediate_size": 16,
         "moe_router_score_function": "sigmoid",
@@ -64,12 +65,25 @@ def transformer_config(*, pipeline: int, virtual: int | None = None, **overrides
     return MLATransformerConfig(**(settings | overrides))
 
 
-def build_chunks(config: Any, *, pipeline: int, virtual: int | None = None) -> list[Any]:
-    """This rank's HybridModel chunks with deterministic weights."""
+def build_chunks(
+    config: Any,
+    *,
+    pipeline: int,
+    virtual: int | None = None,
+    layers: tuple[str, ...] = ("+E", "-E+", "E-", "+E-"),
+    prediction: str = "",
+) -> list[Any]:
+    """This rank's HybridModel chunks with deterministic weights.
+
+    Args:
+        config: From `transformer_config`.
+        pipeline: Pipeline-parallel size.
+        virtual: Virtual stages a rank.
+        layers: Megatron's symbols on each of four segments.
+        prediction: Those of one depth of multi-token prediction.
+    """
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from megacpp_stp.model.specs import nam_torch_stack_spec
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     rank, stages = groups.pp.rank(), virtual or 1
@@ -77,10 +91,10 @@ def build_chunks(config: Any, *, pipeline: int, virtual: int | None = None) -> l
     for stage in range(stages):
         chunk = HybridModel(
             config=config,
-            hybrid_stack_spec=nam_torch_stack_spec,
+            hybrid_stack_spec=_stack_spec(),
             vocab_size=VOCAB,
             max_sequence_length=SEQUENCE,
-            hybrid_layer_pattern="|".join(segments(pipeline * stages)),
+            hybrid_layer_pattern="|".join(segments(layers, pipeline * stages)) + (prediction and f"/{prediction}"),
             pre_process=rank == 0 and stage == 0,
             post_process=rank == pipeline - 1 and stage == stages - 1,
             position_embedding_type="rope",
@@ -92,38 +106,111 @@ def build_chunks(config: Any, *, pipeline: int, virtual: int | None = None) -> l
     return chunks
 
 
-def segments(count: int) -> list[str]:
+def _stack_spec() -> Any:
+    """The torch backend's, with a head for multi-token prediction of its own linear layers and norms."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer import multi_token_prediction as mtp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megacpp_stp.model.norm import RMSNorm
+    from megacpp_stp.model.specs import nam_torch_stack_spec
+
+    head = mtp.MultiTokenPredictionLayerSubmodules(
+        enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnParallelLinear
+    )
+    depth = ModuleSpec(module=mtp.MultiTokenPredictionLayer, submodules=head)
+    block = ModuleSpec(
+        module=mtp.MultiTokenPredictionBlock,
+        submodules=mtp.MultiTokenPredictionBlockSubmodules(layer_specs=[depth]),
+    )
+    return replace(nam_torch_stack_spec, submodules=replace(nam_torch_stack_spec.submodules, mtp_block_spec=block))
+
+
+def segments(layers: tuple[str, ...], count: int) -> list[str]:
     """The layers on 1, 2 or 4 pipeline segments."""
-    size = len(SEGMENTS) // count
-    return ["".join(SEGMENTS[i * size : (i + 1) * size]) for i in range(count)]
+    size = len(layers) // count
+    return ["".join(layers[i * size : (i + 1) * size]) for i in range(count)]
 
 
 def named_parameters(chunk: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters under names that are the same in every layout: by global layer number."""
+    """Parameters under names that are the same in every layout: by global layer and expert number."""
     for layer in chunk.decoder.layers:
         for name, parameter in layer.named_parameters():
-            yield f"layer {layer.layer_number}: {name}", parameter
+            yield f"layer {layer.layer_number}: {_global_expert(name, chunk.config)}", parameter
     for name, parameter in chunk.named_parameters():
         if "decoder.layers." not in name:
             yield name, parameter
 
 
+def _global_expert(name: str, config: Any) -> str:
+    from megatron.core import parallel_state
+
+    first = parallel_state.get_expert_model_parallel_rank() * (config.num_moe_experts or 0)
+    first //= parallel_state.get_expert_model_parallel_world_size()
+    return _LOCAL_EXPERT.sub(lambda found: str(first + int(found[0])), name)
+
+
+class Shard(NamedTuple):
+    """Which part of a weight this rank holds: part `rank` of `size` along `dim`."""
+
+    dim: int
+    rank: int
+    size: int
+
+
+def shard_of(name: str, parameter: Any) -> Shard | None:
+    """This rank's part of a tensor-parallel weight; None for all of it."""
+    from megatron.core import parallel_state as state
+
+    expert = "local_experts" in name
+    size = state.get_expert_tensor_parallel_world_size() if expert else state.get_tensor_model_parallel_world_size()
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    assert parameter.partition_stride == 1, name
+    rank = state.get_expert_tensor_parallel_rank() if expert else state.get_tensor_model_parallel_rank()
+    return Shard(parameter.partition_dim, rank, size)
+
+
 def fill_by_name(chunk: Any) -> None:
-    """Overwrite every matrix with noise seeded by its name."""
+    """Overwrite every weight with noise seeded by its name, or with this rank's part of it."""
     with torch.no_grad():
         for name, parameter in named_parameters(chunk):
+            shard, shape = shard_of(name, parameter), list(parameter.shape)
+            if shard:
+                shape[shard.dim] *= shard.size
             seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-            parameter.copy_(noise * 0.1 if parameter.dim() > 1 else 1 + 0.1 * noise)
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            value = noise * 0.1 if parameter.dim() > 1 else 1 + 0.1 * noise
+            parameter.copy_(value.chunk(shard.size, shard.dim)[shard.rank] if shard else value)
 
 
-def microbatches(count: int, *, seed: int = 7) -> list[Tensor]:
-    """`count` token tensors ``[b, s + 1]``."""
+def microbatches(count: int, *, seed: int = 7, masked: bool = False) -> list[dict[str, Tensor]]:
+    """`count` microbatches of ``[b, s]`` tensors, named as upstream names them.
+
+    Args:
+        count: How many.
+        seed: Of all of them together.
+        masked: Let between a tenth and all of a microbatch's tokens count, the fewer the later they are.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=generator) for _ in range(count)]
+    batches = []
+    for _ in range(count):
+        # No token twice in a sequence: position-wise layers would give both the same states up to rounding, and whether
+        # such a direction counts for nothing is then a matter of the last bit.
+        tokens = torch.stack([torch.randperm(VOCAB, generator=generator)[: SEQUENCE + 1] for _ in range(BATCH)])
+        share = torch.rand((), generator=generator) * torch.linspace(1.6, 0.4, SEQUENCE)
+        kept = torch.rand((BATCH, SEQUENCE), generator=generator) < share.clamp(min=0.1)
+        batches.append(
+            {
+                "tokens": tokens[:, :-1].contiguous(),
+                "labels": tokens[:, 1:].contiguous(),
+                "loss_mask": kept.float() if masked else torch.ones(BATCH, SEQUENCE),
+                "position_ids": torch.arange(SEQUENCE).repeat(BATCH, 1),
+            }
+        )
+    return batches
 
 
-def run_model(chunk: Any, tokens: Tensor) -> Tensor:
+def run_model(chunk: Any, batch: dict[str, Tensor]) -> Tensor:
     """``[b, s]`` cross entropy (on the last stage) of one microbatch."""
-    positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
-    return chunk(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+    return chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])

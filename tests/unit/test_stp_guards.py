@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import make_dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.stp.config import StpConfig
+from megacpp_stp.stp.install import install_stp
+from megacpp_stp.stp.layout import SequenceLayout
 from megacpp_stp.stp.scale import HOOK, install_scale_hook
 from megacpp_stp.stp.seam import GradScale
 from megacpp_stp.stp.taps import StpTaps
@@ -98,22 +102,6 @@ def test_upstreams_schedule_feeds_all_three_the_same_scale(config):
     assert MoEAuxLossAutoScaler.main_loss_backward_scale.item() == 2.0
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "field"),
-    [
-        ("calculate_per_token_loss", True, "--calculate-per-token-loss"),
-        ("context_parallel_size", 2, "parallel"),
-        ("sequence_parallel", True, "parallel"),
-    ],
-)
-def test_modes_whose_scale_is_not_proven_are_refused_and_left_alone(config, setting, value, field):
-    setattr(config, setting, value)
-    with pytest.raises(UserError, match="not proven yet") as caught:
-        install_scale_hook(config, GradScale())
-    assert caught.value.field == field
-    assert getattr(config, HOOK) is None
-
-
 def test_a_megatron_without_the_hook_is_refused():
     older = make_dataclass("OlderConfig", [("calculate_per_token_loss", bool, False), ("num_layers", int, 1)])()
     with pytest.raises(UserError, match="no hook for auxiliary loss scales"):
@@ -124,13 +112,18 @@ def test_a_megatron_without_the_hook_is_refused():
 # --- attaching the taps -----------------------------------------------------------------------------
 
 
+class Layer(torch.nn.Module):
+    def forward(self, hidden, packed_seq_params=None):
+        return hidden * 1
+
+
 class Stack(torch.nn.Module):
     """A stage with layers 3 and 4."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+        self.layers = torch.nn.ModuleList([Layer(), Layer()])
         for number, layer in enumerate(self.layers, start=3):
             layer.layer_number = number
 
@@ -147,15 +140,24 @@ def test_only_the_tapped_layers_of_this_stage_get_a_hook(config):
     assert [len(layer._forward_hooks) for layer in stack.layers] == [0, 1]
 
 
-def test_selective_recomputation_is_fine(config):
-    config.recompute_granularity = "selective"
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_recomputation_is_fine(config, granularity):
+    config.recompute_granularity = granularity
     assert attach(config)[1] == (4,)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp4"])
+def test_full_recomputation_by_transformer_engine_is_refused(config, precision):
+    config.recompute_granularity = "full"
+    setattr(config, precision, "e4m3")
+    with pytest.raises(UserError, match="Transformer Engine") as caught:
+        attach(config)
+    assert (caught.value.field, caught.value.value) == ("--recompute-granularity", "full")
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "field"),
     [
-        ("recompute_granularity", "full", "--recompute-granularity"),
         ("cuda_graph_impl", "local", "--cuda-graph-impl"),
         ("cuda_graph_impl", "transformer_engine", "--cuda-graph-impl"),
         ("cuda_graph_impl", "full_iteration", "--cuda-graph-impl"),
@@ -166,3 +168,84 @@ def test_modes_that_pass_a_layers_hooks_by_are_refused(config, setting, value, f
     with pytest.raises(UserError) as caught:
         attach(config)
     assert (caught.value.field, caught.value.value) == (field, value)
+
+
+# --- installing -------------------------------------------------------------------------------------
+
+
+class Group:
+    """A process group of which only size and rank are asked for."""
+
+    def __init__(self, size=1, rank=0):
+        self.size, self.rank = (lambda: size), (lambda: rank)
+
+
+def install(config, *, tensor=1, context=1):
+    chunk = torch.nn.Module()
+    chunk.config, chunk.decoder, chunk.mtp = config, Stack(config), Stack(config)
+    chunk.pg_collection = SimpleNamespace(tp=Group(tensor), cp=Group(context), tp_cp=Group(tensor * context))
+    settings = StpConfig(weight=1.0, n_spans=1, start_step=0, taps=(3,), seed=0)
+    return chunk, install_stp([chunk], settings, iteration=lambda: 0, data_rank=0)
+
+
+def test_layers_of_multi_token_prediction_are_not_tapped(config):
+    """They count from 1 again, so that their numbers are those of layers of the decoder."""
+    chunk, _ = install(config)
+    assert [len(layer._forward_hooks) for layer in chunk.decoder.layers] == [1, 0]
+    assert [len(layer._forward_hooks) for layer in chunk.mtp.layers] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "field"),
+    [
+        ("hybrid_context_parallel", True, "--hybrid-context-parallel"),
+        ("gtp_weight_remat_size", 2, "--gtp-weight-remat-size"),
+    ],
+)
+def test_splits_whose_gradient_is_not_proven_are_refused_and_the_hook_left_alone(config, setting, value, field):
+    setattr(config, setting, value)
+    with pytest.raises(UserError) as caught:
+        install(config)
+    assert caught.value.field == field
+    assert getattr(config, HOOK) is None
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_packed_sequences_are_refused_under_context_parallelism_alone(config, context):
+    """Their split may go document by document."""
+    chunk, taps = install(config, context=context)
+    layer = chunk.decoder.layers[0]
+    layer.current_microbatch = 0
+    taps._layout = SequenceLayout(context_size=context)
+    hidden = torch.randn(8, 1, 4, requires_grad=True)
+    with pytest.raises(UserError, match="packed") if context > 1 else nullcontext():
+        layer(hidden, packed_seq_params=object())
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_per_token_loss_needs_the_tokens_summed_over_the_context_ranks(config, context, monkeypatch):
+    summed = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: summed.append(group))
+    config.calculate_per_token_loss = True
+    chunk, taps = install(config, context=context)
+    layer = chunk.decoder.layers[0]
+    layer.current_microbatch = 0
+    hidden = torch.randn(8, 1, 4, requires_grad=True)
+    with pytest.raises(UserError, match="StpTaps.set_tokens"):
+        layer(hidden)
+    assert summed == []
+    taps.set_tokens(torch.tensor(5))
+    assert summed == [chunk.pg_collection.cp] * (context - 1)
+    layer(hidden)
+    assert summed[context - 1 :] == [chunk.pg_collection.cp] * (context - 1)  # the rows
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "context", "expected"),
+    [(2, False, 1, None), (2, True, 1, "tp"), (1, False, 2, "cp"), (2, False, 2, "cp"), (2, True, 2, "tp_cp")],
+)
+def test_rows_go_to_the_ranks_that_share_a_sequence(config, tensor, sequence, context, expected):
+    config.sequence_parallel = sequence
+    chunk, taps = install(config, tensor=tensor, context=context)
+    assert taps._layout.group is (expected and getattr(chunk.pg_collection, expected))
+    assert taps._layout.whole(1) == (tensor if sequence else 1) * context

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.stp.config import StpConfig
 from megacpp_stp.stp.taps import StpTaps
+from megacpp_stp.stp.tokens import TokenCount
 
 LAYER = 2
 OPEN, CLOSED = 0, 1  # first iteration with the gradient
@@ -18,14 +20,16 @@ OPEN, CLOSED = 0, 1  # first iteration with the gradient
 class Stack(torch.nn.Module):
     """A stage of one linear layer; like a TransformerLayer it returns a pair when told to."""
 
-    def __init__(self, *, pair=False):
+    def __init__(self, *, pair=False, recompute=None):
         super().__init__()
-        self.config = SimpleNamespace(recompute_granularity=None, cuda_graph_impl="none")
+        self.config = SimpleNamespace(recompute_granularity=recompute, cuda_graph_impl="none", fp8=None, fp4=None)
         layer = Pair(4, 4) if pair else torch.nn.Linear(4, 4)
         layer.layer_number, layer.current_microbatch = LAYER, 0
         self.layers = torch.nn.ModuleList([layer])
 
     def forward(self, hidden):
+        if self.config.recompute_granularity == "full":
+            return checkpoint(self.layers[0], hidden, use_reentrant=True)
         return self.layers[0](hidden)
 
 
@@ -34,9 +38,9 @@ class Pair(torch.nn.Linear):
         return super().forward(hidden), "context"
 
 
-def tapped(stack, *, start_step=OPEN):
+def tapped(stack, *, start_step=OPEN, tokens=None):
     config = StpConfig(weight=1.0, n_spans=3, start_step=start_step, taps=(LAYER,), seed=5)
-    taps = StpTaps(config, iteration=lambda: 0, data_rank=0)
+    taps = StpTaps(config, iteration=lambda: 0, data_rank=0, tokens=tokens)
     taps.scale.set(torch.ones(1))
     taps.attach(stack)
     return taps
@@ -112,3 +116,92 @@ def test_reading_draws_no_number_from_torch(start_step):
     stack(hidden).sum().backward()
     assert readings(taps) == 1
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- full recomputation -----------------------------------------------------------------------------
+
+
+def gradients(stack, microbatches, order, *, tokens=None):
+    """Gradients of several inputs: all forwards first, as in a pipeline, then the backwards in `order`."""
+    counts = tokens and TokenCount(wanted=True)
+    taps = tapped(stack, tokens=counts)
+    inputs, outputs = [], []
+    for number in range(microbatches):
+        stack.layers[0].current_microbatch = number
+        if tokens:
+            taps.set_tokens(torch.tensor(tokens[number]))
+        inputs.append(torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(number)).requires_grad_())
+        outputs.append(stack(inputs[-1]))
+    before = readings_so_far(taps)
+    for number in order:
+        outputs[number].sum().backward()
+    return [hidden.grad for hidden in inputs], before, readings(taps)
+
+
+def readings_so_far(taps):
+    return int(taps.meter._sums[LAYER][2]) if LAYER in taps.meter._sums else 0
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("tokens", [None, (5, 48, 17)], ids=["mean over microbatches", "mean over tokens"])
+def test_a_recomputed_layer_counts_once_with_the_microbatch_of_its_forward(order, tokens):
+    """By the time it is recomputed, the schedule has named the last microbatch, and the last count."""
+    torch.manual_seed(0)
+    plain = Stack()
+    recomputed = Stack(recompute="full")
+    recomputed.load_state_dict(plain.state_dict())
+    expected, before, after = gradients(plain, 3, order, tokens=tokens)
+    assert (before, after) == (3, 3)
+    found, before, after = gradients(recomputed, 3, order, tokens=tokens)
+    assert (before, after) == (0, 3)
+    for mine, truth in zip(found, expected, strict=True):
+        assert torch.equal(mine, truth)
+
+
+# --- tokens -----------------------------------------------------------------------------------------
+
+
+def test_without_per_token_loss_nobody_needs_the_tokens():
+    stack = Stack()
+    taps = tapped(stack)
+    taps.set_tokens(torch.tensor(7))
+    stack(states())
+    assert readings(taps) == 1
+
+
+def test_a_count_serves_all_taps_of_one_forward_and_no_other():
+    count = TokenCount(wanted=True)
+    with pytest.raises(UserError, match="how many tokens"):
+        count.of((0, 0))
+    count.set(torch.tensor([7]))
+    assert count.of((0, 0)).item() == count.of((0, 0)).item() == 7.0
+    with pytest.raises(UserError, match="how many tokens"):
+        count.of((0, 1))
+    count.set(torch.tensor(9, dtype=torch.int32))
+    assert count.of((0, 1)).item() == 9.0
+
+
+def test_a_count_is_taken_over_by_value():
+    count, mask = TokenCount(wanted=True), torch.tensor(3.0)
+    count.set(mask)
+    mask.zero_()
+    assert count.of(0).item() == 3.0
+
+
+def test_the_gradient_is_that_many_times_as_large():
+    stack = Stack()
+    count = TokenCount(wanted=True)
+    taps = tapped(stack, tokens=count)
+    grads = []
+    for tokens in (0, 1, 40):
+        hidden = states_of_seed()
+        taps.set_tokens(torch.tensor(tokens))
+        stack(hidden).sum().backward()
+        grads.append(hidden.grad)
+    without, one, forty = grads
+    assert not torch.equal(one, without)
+    torch.testing.assert_close(forty - without, 40 * (one - without), rtol=1e-4, atol=1e-5)
+
+
+def states_of_seed():
+    return torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
