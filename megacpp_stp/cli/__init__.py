@@ -1,5 +1,6 @@
 """The command line, one module a command. `main` is the console script."""
 
+import io
 import sys
 
 _OLDEST_PYTHON = (3, 12)
@@ -21,4 +22,8 @@ def main() -> int:
         return 2
     from megacpp_stp.cli.app import run
 
+    # The same bytes under any locale; what a terminal cannot show is for it to replace.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     return run(sys.argv[1:])

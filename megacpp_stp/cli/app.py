@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Any
 
 import typer
 
 from megacpp_stp import __version__
-from megacpp_stp.cli import check, data, diff, launch, memory, plan, runs
 from megacpp_stp.errors import UserError
 
-app = typer.Typer(
-    name="megacpp-stp",
-    help="Train the NAM hybrid language models on Megatron-Core, with STP under every pipeline layout.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("list")(plan.list_command)
-app.command("plan")(plan.plan_command)
-app.command("check")(check.check_command)
-app.command("diff")(diff.diff_command)
-app.command("memory")(memory.memory_command)
-app.command("launch")(launch.launch_command)
-app.add_typer(data.app, name="data")
-app.add_typer(runs.app, name="runs")
+# Where each command is: its module, and the function or the group of commands in it.
+_COMMANDS = {
+    "list": ("plan", "list_command"),
+    "plan": ("plan", "plan_command"),
+    "check": ("check", "check_command"),
+    "diff": ("diff", "diff_command"),
+    "memory": ("memory", "memory_command"),
+    "launch": ("launch", "launch_command"),
+    "bench": ("bench", "app"),
+    "data": ("data", "app"),
+    "runs": ("runs", "app"),
+}
+
+
+def build_app(names: Iterable[str] = tuple(_COMMANDS)) -> typer.Typer:
+    """The program with some of its commands; only their modules are imported."""
+    app = typer.Typer(
+        name="megacpp-stp",
+        help="Train the NAM hybrid language models on Megatron-Core, with STP under every pipeline layout.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        callback=_options,
+    )
+    for name in names:
+        module, attribute = _COMMANDS[name]
+        command: Any = getattr(import_module(f"megacpp_stp.cli.{module}"), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -34,7 +52,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
@@ -52,6 +69,7 @@ def run(argv: Sequence[str]) -> int:
     """
     try:
         # Standalone mode: typer itself turns usage errors into a message and status 2, whatever its version.
+        app = build_app(argv[:1]) if argv and argv[0] in _COMMANDS else build_app()
         app(list(argv), prog_name="megacpp-stp")
     except UserError as error:
         print(f"megacpp-stp: {error}", file=sys.stderr)

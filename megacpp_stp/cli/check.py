@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from megacpp_stp.cli.options import Device, DeviceOption, Form, FormOption, RecipeArgument, SetOption, print_json
+from megacpp_stp.cli.options import (
+    Device,
+    DeviceOption,
+    Form,
+    FormOption,
+    RecipeArgument,
+    SetOption,
+    console,
+    print_json,
+)
 from megacpp_stp.plan import build_plan
 from megacpp_stp.recipe import load_recipe
 
@@ -31,15 +40,24 @@ def check_command(
     derived = ask_upstream(plan)
     contradicted = [row for row in derived if row.option]
     if format is Form.JSON:
-        print_json({"digest": plan.digest, "accepted": not contradicted, "derived": [asdict(row) for row in derived]})
+        print_json(
+            {
+                "digest": plan.digest,
+                "accepted": not contradicted,
+                "derived": [asdict(row) for row in derived],
+                "launchable": not plan.gaps,
+                "gaps": [asdict(gap) for gap in plan.gaps],
+            }
+        )
     else:
         _print_table(plan.recipe.name, derived)
+        for gap in plan.gaps:
+            print(f"not launchable by this version: {gap.field}: {gap.what}")
     if contradicted:
         raise typer.Exit(1)
 
 
 def _print_table(name: str, derived: Sequence[Derived]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -50,7 +68,7 @@ def _print_table(name: str, derived: Sequence[Derived]) -> None:
         note = f"{row.option} asked for {row.before}" if row.option else ""
         after = row.after or "(removed)"
         table.add_row(Text(row.name), Text(row.before or "(absent)"), Text(after), Text(note, style="red"))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    out = console()
+    out.print(table)
     wrong = sum(bool(row.option) for row in derived)
-    console.print(f"{name}: megatron-core {'changes what the recipe asked for' if wrong else 'accepts the arguments'}")
+    out.print(f"{name}: megatron-core {'changes what the recipe asked for' if wrong else 'accepts the arguments'}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megacpp_stp.cli.options import Device, Form, FormOption, print_json
+from megacpp_stp.cli.options import Device, Form, FormOption, console, print_json
 from megacpp_stp.plan.diff import DIFFERENT, EQUAL, Consequence, PlanDiff, compare
 from megacpp_stp.runs.files import shown
 from megacpp_stp.runs.sides import read_sides
@@ -36,9 +36,7 @@ def diff_command(
     if format is Form.JSON:
         print_json(found.as_dict())
     else:
-        from rich.console import Console
-
-        print_diff(found, Console(highlight=False, soft_wrap=True))
+        print_diff(found, console())
     raise typer.Exit(int(found.verdict == DIFFERENT))
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from megacpp_stp.cli.options import RecipeArgument, SetOption
+from megacpp_stp.cli.options import RecipeArgument, SetOption, console
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
 from megacpp_stp.recipe import Recipe, load_recipe
@@ -40,17 +39,17 @@ def launch_command(
     plan = build_plan(loaded, device=chosen)
     directory = run_dir or Path("runs") / f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
     launch = Launch(plan=plan, run_dir=directory, port=port)
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     if dry_run:
-        print_plan(plan, console)
-        console.print(f"run directory: {directory}", markup=False)
-        console.print(launch.shell(), markup=False)
+        print_plan(plan, out)
+        out.print(f"run directory: {directory}", markup=False)
+        out.print(launch.shell(), markup=False)
         return
     launch.preflight()
-    console.print(f"device: {chosen} ({why}); run directory: {directory}", markup=False)
+    out.print(f"device: {chosen} ({why}); run directory: {directory}", markup=False)
     status = launch.run()
     if (directory / RECEIPT).exists():
-        print_summary(directory, console)
+        print_summary(directory, out)
     if status:
         print(f"megacpp-stp: the run ended with status {status}; its directory is {directory}", file=sys.stderr)
     raise typer.Exit(status)

@@ -72,7 +72,7 @@ def _families(cost: Cost) -> Table:
     table = _table("family", "layers", "parameters", "active", "forward", "training")
     flops = cost.flops_by_family
     for family, found in cost.parameters_by_family.items():
-        layers = sum(part.family == family and part.layer is not None for part in cost.parts)
+        layers = sum(part.family == family and bool(part.symbol) for part in cost.parts)
         spent = flops[family]
         table.add_row(
             family,
@@ -84,7 +84,7 @@ def _families(cost: Cost) -> Table:
         )
     table.add_row(
         "total",
-        str(len(cost.plan.layout.layers)),
+        str(sum(bool(part.symbol) for part in cost.parts)),
         f"{cost.parameters.total:,}",
         f"{cost.parameters.active:,}",
         f"{cost.flops.forward:,}",
@@ -95,10 +95,11 @@ def _families(cost: Cost) -> Table:
 
 
 def _stages(cost: Cost) -> Table:
-    table = _table("cut", "imbalance", "blocks")
+    table = _table("cut", "imbalance", "blocks", "")
     names = {"recipe": "this recipe's", "best": "best", "equal": "equal blocks"}
     for name, cut in cost.cuts.items():
-        table.add_row(names[name], f"{cut.imbalance:.4f}", " ".join(map(str, cut.stages)))
+        remark = "" if cut.runs else "would not run: a pipeline rank lacks a kind of block that it needs"
+        table.add_row(names[name], f"{cut.imbalance:.4f}", " ".join(map(str, cut.stages)), remark)
     return table
 
 
@@ -127,15 +128,28 @@ def _remarks(cost: Cost) -> Iterator[str]:
     notes = {row.name: row.note for memory in cost.ranks for row in memory.rows}
     width = max(map(len, notes))
     yield from (f"  {name:{width}}  {note}" for name, note in notes.items())
-    yield f"  {'peak':{width}}  the optimizer step, or activations, dispatch and logits: they never meet"
+    yield f"  {'peak':{width}}  {_sum_of_peak(cost)}"
     yield f"  {'microbatches':{width}}  of each virtual stage at the peak"
     if cost.capacity_bytes is None:
         yield "not held against a capacity: the plan runs on a CPU"
     else:
         worst = max(cost.ranks, key=lambda memory: memory.peak_bytes)
-        verdict = "fits" if cost.fits(worst.rank) else "does not fit"
+        left = cost.capacity_bytes - worst.peak_bytes
+        rest = f"{left / GIB:.1f} GiB left for what is not modelled" if left >= 0 else f"{-left / GIB:.1f} GiB too much"
         yield (
-            f"{verdict}: at most {worst.peak_bytes / GIB:.2f} GiB (pipeline rank {worst.rank}) of "
-            f"{cost.capacity_bytes / GIB:.1f} GiB (H200, {cost.capacity_bytes / 10**9:.0f} GB)"
+            f"{'fits' if left >= 0 else 'does not fit'}: at most {worst.peak_bytes / GIB:.1f} GiB (pipeline rank "
+            f"{worst.rank}) of {cost.capacity_bytes / GIB:.1f} GiB; {rest}"
         )
-    yield "not modelled: CUDA context, NCCL, temporary buffers, allocator fragmentation; see docs/memory.md"
+        if left < 0:
+            largest = worst.largest
+            yield f"the largest row of pipeline rank {worst.rank} is {largest.name}: {largest.bytes / GIB:.2f} GiB"
+    yield "not modelled: CUDA context, NCCL, other temporary buffers, allocator fragmentation; see docs/memory.md"
+
+
+def _sum_of_peak(cost: Cost) -> str:
+    """Which rows the peak is the sum of, by name."""
+    phases = {row.name: row.phase for memory in cost.ranks for row in memory.rows}
+    always, passes, step = (
+        ", ".join(name for name, found in phases.items() if found == phase) for phase in ("always", "passes", "step")
+    )
+    return f"{always}; and the larger of ({step}) and ({passes}), which never meet"

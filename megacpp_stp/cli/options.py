@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDTH_OF_A_PIPE = 160  # where nothing wraps: names in tables must not be cut off
 
 
 class Device(StrEnum):
@@ -35,3 +41,10 @@ FormOption = Annotated[Form, typer.Option("--format", help="json goes alone to s
 def print_json(content: Any) -> None:
     """JSON alone on stdout, with stable bytes."""
     print(json.dumps(content, indent=2, sort_keys=True, allow_nan=False))
+
+
+def console() -> Console:
+    """Where tables for people go: as wide as the terminal, and wide enough for whole names in a file or a pipe."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)

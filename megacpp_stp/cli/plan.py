@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from megacpp_stp.cli.options import Device, DeviceOption, Form, FormOption, RecipeArgument, SetOption, print_json
-from megacpp_stp.plan import build_plan
+from megacpp_stp.cli.options import (
+    Device,
+    DeviceOption,
+    Form,
+    FormOption,
+    RecipeArgument,
+    SetOption,
+    console,
+    print_json,
+)
+from megacpp_stp.errors import UserError
+from megacpp_stp.plan import RunPlan, build_plan
 from megacpp_stp.recipe import list_recipes, load_recipe
 
 
@@ -41,10 +51,15 @@ def plan_command(
     set_: SetOption = None,
     device: DeviceOption = Device.CUDA,
     format: Annotated[PlanFormat, typer.Option("--format", help="argv is one argument a line.")] = PlanFormat.TABLE,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only the arguments, each with the recipe field that asked for it.")
+    ] = False,
 ) -> None:
     """Show what a recipe launches: layout, environment, arguments. Launches nothing and needs no torch."""
     plan = build_plan(load_recipe(recipe, set_ or ()), device=device.value)
-    if format is PlanFormat.ARGV:
+    if explain:
+        _print_explained(plan, format)
+    elif format is PlanFormat.ARGV:
         print("\n".join(plan.argv))
     elif format is PlanFormat.JSON:
         print_json(plan.as_dict())
@@ -54,6 +69,20 @@ def plan_command(
         if format is PlanFormat.SHELL:
             print(shell_line(plan))
             return
-        from rich.console import Console
+        print_plan(plan, console())
 
-        print_plan(plan, Console(highlight=False, soft_wrap=True))
+
+def _print_explained(plan: RunPlan, format: PlanFormat) -> None:
+    if format is PlanFormat.JSON:
+        print_json([{"tokens": list(argument.tokens), "field": argument.field} for argument in plan.arguments])
+    elif format is PlanFormat.TABLE:
+        from megacpp_stp.plan.render import explain
+
+        print("\n".join(explain(plan)))
+    else:
+        raise UserError(
+            "would no longer be what a process or a shell takes",
+            field="--explain",
+            value=f"--format {format.value}",
+            fix="use --format table or json",
+        )

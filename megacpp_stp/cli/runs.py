@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megacpp_stp.cli.options import Form, FormOption, print_json
+from megacpp_stp.cli.options import Form, FormOption, console, print_json
 
 app = typer.Typer(help="Look at what runs left.", no_args_is_help=True)
 
@@ -28,6 +28,5 @@ def show_command(
     if format is Form.JSON:
         print_json(summarise(run))
         return
-    from rich.console import Console
 
-    print_summary(run, Console(highlight=False, soft_wrap=True))
+    print_summary(run, console())

@@ -6,14 +6,20 @@ knows (its directory, the plan file) is added by the launcher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megacpp_stp.plan.lowering import HybridPlan
-from megacpp_stp.recipe.schema import Attention, Mla, Recipe
+from megacpp_stp.plan.passthrough import passed_through
+from megacpp_stp.recipe.blocks import Attention, M2rnn, Mamba2, Mamba3, Mla
+from megacpp_stp.recipe.schema import Recipe
 
-_SPECS = {"torch": ("megacpp_stp.model.specs", "nam_torch_stack_spec")}
+_SPECS = {
+    "torch": ("megacpp_stp.model.specs", "nam_torch_stack_spec"),
+    "te": ("megacpp_stp.model.specs", "nam_te_stack_spec"),
+}
 _ACTIVATIONS = {"squared-relu": "--squared-relu", "swiglu": "--swiglu", "gelu": None}
+_LAYERS = "model.pattern, model.depth, model.families"  # what says which layer is which
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -23,7 +29,7 @@ class Argument:
 
     Attributes:
         tokens: The option and its values, as separate process arguments.
-        field: Recipe path that asked for it, or the reason when several fields did.
+        field: Recipe path that asked for it, or several, comma separated; in parentheses a reason beyond the recipe.
     """
 
     tokens: tuple[str, ...]
@@ -40,7 +46,8 @@ def emit(recipe: Recipe, layout: HybridPlan, *, device: str) -> tuple[Argument, 
     """
     sections = (
         _model(recipe, layout),
-        _attention(recipe),
+        _attention(recipe, layout),
+        _mamba(recipe),
         _experts(recipe),
         _backend(recipe),
         _parallel(recipe, device),
@@ -49,7 +56,8 @@ def emit(recipe: Recipe, layout: HybridPlan, *, device: str) -> tuple[Argument, 
         _data(recipe),
         _nam(recipe, layout, device),
     )
-    return tuple(argument for section in sections for argument in section)
+    said = tuple(argument for section in sections for argument in section)
+    return (*said, *(Argument(tokens, field) for tokens, field in passed_through(recipe)))
 
 
 def _arg(option: str, value: object, field: str) -> Argument:
@@ -65,7 +73,11 @@ def _flag(option: str, field: str) -> Argument:
 
 def _model(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
     model = recipe.model
-    yield _arg("--hybrid-layer-pattern", layout.megatron_pattern, "model.pattern")
+    yield _arg(
+        "--hybrid-layer-pattern",
+        layout.megatron_pattern,
+        f"{_LAYERS}, model.mtp, parallel",
+    )
     yield Argument(("--spec", *_SPECS[model.backend]), "model.backend")
     yield _arg("--hidden-size", model.hidden_size, "model.hidden_size")
     yield _arg("--ffn-hidden-size", model.ffn_hidden_size, "model.ffn_hidden_size")
@@ -83,19 +95,47 @@ def _model(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
     yield _arg("--position-embedding-type", "rope", "model.rope")
     yield _arg("--rotary-base", model.rope.base, "model.rope.base")
     yield _arg("--max-position-embeddings", recipe.training.sequence_length, "training.sequence_length")
+    if model.mtp:
+        yield _arg("--mtp-num-layers", model.mtp.depths, "model.mtp.depths")
+        yield _arg("--mtp-loss-scaling-factor", model.mtp.loss_coeff, "model.mtp.loss_coeff")
 
 
-def _attention(recipe: Recipe) -> Iterator[Argument]:
+def _attention(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
     block = recipe.model.families.A
     if isinstance(block, Mla):
         yield _flag("--multi-latent-attention", "model.families.A.block")
         yield _flag("--qk-layernorm", "model.families.A.block")  # norms on the query and key/value latents
         for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
             yield _arg("--" + name.replace("_", "-"), getattr(block, name), f"model.families.A.{name}")
+        if layout.numbers("dsa"):
+            yield from _sparse(recipe, block)
     elif isinstance(block, Attention):
         yield _flag("--group-query-attention", "model.families.A.block")
         yield _arg("--num-query-groups", block.kv_groups, "model.families.A.kv_groups")
         yield _arg("--kv-channels", block.head_dim, "model.families.A.head_dim")
+
+
+def _sparse(recipe: Recipe, block: Mla) -> Iterator[Argument]:
+    sparse, field = block.sparse, "model.families.A.sparse"
+    assert sparse is not None
+    yield _arg("--experimental-attention-variant", "dsa", field)
+    yield _arg("--dsa-indexer-n-heads", sparse.indexer_heads, f"{field}.indexer_heads")
+    yield _arg("--dsa-indexer-head-dim", sparse.indexer_head_dim, f"{field}.indexer_head_dim")
+    yield _arg("--dsa-indexer-topk", sparse.topk, f"{field}.topk")
+    yield _arg("--dsa-indexer-loss-coeff", sparse.loss_coeff, f"{field}.loss_coeff")
+    # A rotation of query and key alike changes no score; it would need bf16 and a package for it.
+    yield _flag("--no-dsa-indexer-rotate-activation", f"{field} (NAM family)")
+    if recipe.parallel.context > 1:
+        yield _arg("--cp-comm-type", "all_gather", f"{field}, parallel.context (sparse attention has no other)")
+
+
+def _mamba(recipe: Recipe) -> Iterator[Argument]:
+    block, field = recipe.model.families.M, "model.families.M"
+    if isinstance(block, Mamba3 | Mamba2):
+        yield _arg("--mamba-num-heads", block.heads, f"{field}.heads")
+        yield _arg("--mamba-head-dim", block.head_dim, f"{field}.head_dim")
+        yield _arg("--mamba-state-dim", block.state_dim, f"{field}.state_dim")
+        yield _arg("--mamba-num-groups", block.groups, f"{field}.groups")
 
 
 def _experts(recipe: Recipe) -> Iterator[Argument]:
@@ -123,11 +163,19 @@ def _experts(recipe: Recipe) -> Iterator[Argument]:
     if router.z_loss_coeff:
         yield _arg("--moe-z-loss-coeff", router.z_loss_coeff, f"{field}.router.z_loss_coeff")
     yield _arg("--moe-router-dtype", "fp32", f"{field} (NAM family)")
-    yield _arg("--moe-token-dispatcher-type", "alltoall", f"{field} (NAM family)")
+    yield _arg("--moe-token-dispatcher-type", block.dispatcher, f"{field}.dispatcher")
+    if block.grouped_gemm:
+        yield _flag("--moe-grouped-gemm", f"{field}.grouped_gemm")
 
 
 def _backend(recipe: Recipe) -> Iterator[Argument]:
     field = "model.backend"
+    if recipe.model.backend == "te":
+        yield _arg("--transformer-impl", "transformer_engine", field)
+        # Both need kernels of apex, or are refused by upstream beside MLA.
+        yield _flag("--no-gradient-accumulation-fusion", field)
+        yield _flag("--no-rope-fusion", field)
+        return
     yield _arg("--transformer-impl", "local", field)
     # Fusions that need Transformer Engine or apex kernels; the torch backend has neither.
     for option in (
@@ -170,6 +218,13 @@ def _training(recipe: Recipe) -> Iterator[Argument]:
     yield _arg("--log-interval", training.log_interval, "training.log_interval")
     yield _arg("--eval-interval", training.eval_interval, "training.eval_interval")
     yield _arg("--eval-iters", training.eval_iterations, "training.eval_iterations")
+    if recompute := training.recompute:
+        yield _arg("--recompute-granularity", recompute.granularity, "training.recompute.granularity")
+        if recompute.granularity == "full":
+            yield _arg("--recompute-method", "uniform", "training.recompute.granularity")
+            yield _arg("--recompute-num-layers", 1, "training.recompute.granularity")
+        else:
+            yield Argument(("--recompute-modules", *recompute.modules), "training.recompute.modules")
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Argument]:
@@ -186,6 +241,10 @@ def _optimizer(recipe: Recipe) -> Iterator[Argument]:
     yield _arg("--clip-grad", optimizer.clip_grad, "optimizer.clip_grad")
     if optimizer.distributed:
         yield _flag("--use-distributed-optimizer", "optimizer.distributed")
+    if optimizer.overlap_grad_reduce:
+        yield _flag("--overlap-grad-reduce", "optimizer.overlap_grad_reduce")
+    if optimizer.overlap_param_gather:
+        yield _flag("--overlap-param-gather", "optimizer.overlap_param_gather")
 
 
 def _data(recipe: Recipe) -> Iterator[Argument]:
@@ -204,13 +263,35 @@ def _nam(recipe: Recipe, layout: HybridPlan, device: str) -> Iterator[Argument]:
     yield _arg("--nam-device", device, "--device")
     for family, numbers in layout.stand_ins().items():
         spec = getattr(recipe.model.families, family)
-        layers = ",".join(map(str, numbers))
-        yield _arg("--nam-stand-in", f"{family}:{spec.instead_of}={spec.runs}@{layers}", f"model.families.{family}")
+        where = _numbers(numbers)
+        yield _arg("--nam-stand-in", f"{family}:{spec.instead_of}={spec.runs}@{where}", _LAYERS)
+    yield from _slots(recipe, layout)
     stp = recipe.stp
     if stp is None:
         return
     yield _arg("--nam-stp-weight", stp.weight, "stp.weight")
     yield _arg("--nam-stp-n-spans", stp.n_spans, "stp.n_spans")
     yield _arg("--nam-stp-start-step", stp.start_step, "stp.start_step")
-    yield _arg("--nam-stp-taps", ",".join(map(str, stp.taps)), "stp.taps")
+    yield _arg("--nam-stp-taps", _numbers(stp.taps), "stp.taps")
     yield _arg("--nam-stp-seed", stp.seed, "stp.seed")
+
+
+def _slots(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
+    """What runs in Megatron's Mamba slots, by layer number, and its sizes that Megatron has no option for."""
+    families = recipe.model.families
+    if isinstance(families.M, Mamba3):
+        field = "model.families.M"
+        yield _arg("--nam-mamba3-layers", _numbers(layout.numbers("mamba3")), _LAYERS)
+        yield _arg("--nam-mamba3-chunk-size", families.M.chunk_size, f"{field}.chunk_size")
+        if families.M.complex_rotation:
+            yield _flag("--nam-mamba3-complex-rotation", f"{field}.complex_rotation")
+    if isinstance(families.R, M2rnn):
+        field = "model.families.R"
+        yield _arg("--nam-recurrent-layers", _numbers(layout.numbers("m2rnn")), _LAYERS)
+        for name in ("heads", "key_dim", "value_dim", "conv_kernel", "checkpoint_every"):
+            option = f"--nam-m2rnn-{name.replace('_', '-')}"
+            yield _arg(option, getattr(families.R, name), f"{field}.{name}")
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))

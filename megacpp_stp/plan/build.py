@@ -13,13 +13,17 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.plan.argv import Argument, emit
 from megacpp_stp.plan.checks import check, data_parallel_size, micro_batches
 from megacpp_stp.plan.env import EnvVar, environment
+from megacpp_stp.plan.gaps import Gap, find_gaps
 from megacpp_stp.plan.lowering import HybridPlan, lower
+from megacpp_stp.plan.stages import choose_stages
 from megacpp_stp.recipe.schema import Recipe
 
 PLAN_FORMAT = 1
 ENTRY_MODULE = "megacpp_stp.training.entry"
 # The wheel's compile_helpers() would exit on every machine; see patches/dataset-helpers.yaml.
-_PATCHES = ("dataset-helpers",)
+_ALWAYS = ("dataset-helpers",)
+# Its optimizer cannot save the fp32 parameters of a 16-bit model; see patches/fp32-groups.yaml.
+_IN_16_BITS = ("fp32-groups",)
 
 Device = Literal["cpu", "cuda"]
 
@@ -35,6 +39,7 @@ class RunPlan:
         arguments: Megatron's and our arguments with their provenance.
         env: Environment variables with their reasons.
         patches: Ids of the patch surfaces that the run applies.
+        gaps: What this version can plan and not run; a launch with any is refused.
         data_parallel: Data-parallel size.
         micro_batches: Microbatches an iteration and data-parallel rank.
     """
@@ -45,6 +50,7 @@ class RunPlan:
     arguments: tuple[Argument, ...]
     env: tuple[EnvVar, ...]
     patches: tuple[str, ...]
+    gaps: tuple[Gap, ...]
     data_parallel: int
     micro_batches: int
 
@@ -77,6 +83,7 @@ class RunPlan:
                 "megatron_pattern": self.layout.megatron_pattern,
                 "pipeline": self.layout.pipeline,
                 "virtual": self.layout.virtual,
+                "stages": list(self.layout.stages),
                 "layers": [asdict(layer) for layer in self.layout.layers],
             },
             "world_size": self.world_size,
@@ -107,7 +114,14 @@ def build_plan(recipe: Recipe, *, device: Device = "cuda") -> RunPlan:
     """
     if device not in ("cpu", "cuda"):
         raise UserError("is no device", field="--device", value=device, fix="use cpu or cuda")
-    layout = lower(recipe)
+    if device == "cpu" and recipe.model.backend == "te":
+        raise UserError(
+            "Transformer Engine's modules run on GPUs only",
+            field="model.backend",
+            value="te",
+            fix="use --device cuda, or backend torch",
+        )
+    layout = lower(recipe, stages=choose_stages(recipe))
     check(recipe, layout)
     return RunPlan(
         recipe=recipe,
@@ -115,7 +129,8 @@ def build_plan(recipe: Recipe, *, device: Device = "cuda") -> RunPlan:
         layout=layout,
         arguments=emit(recipe, layout, device=device),
         env=environment(device=device),
-        patches=_PATCHES,
+        patches=(*_ALWAYS, *(_IN_16_BITS if recipe.training.precision == "bf16" and layout.keeps_fp32 else ())),
+        gaps=find_gaps(recipe, layout),
         data_parallel=data_parallel_size(recipe),
         micro_batches=micro_batches(recipe),
     )

@@ -7,11 +7,11 @@ from typing import Any
 
 from megacpp_stp.plan import flops
 from megacpp_stp.plan.build import RunPlan
-from megacpp_stp.plan.cuts import best_stages, equal_stages, imbalance, stage_costs
-from megacpp_stp.plan.flops import Flops, block_costs, part_flops
-from megacpp_stp.plan.lowering import MOE_SYMBOL
-from megacpp_stp.plan.memory import H200_BYTES, RankMemory, rank_memory
+from megacpp_stp.plan.cuts import equal_stages, imbalance, stage_costs
+from megacpp_stp.plan.flops import Flops, costs_of_blocks, part_flops
+from megacpp_stp.plan.memory import H200_BYTES, RankMemory, rank_memories
 from megacpp_stp.plan.parameters import Count, Part, by_family, count, of_rank, parts
+from megacpp_stp.plan.stages import cut_report
 
 COST_FORMAT = 1
 
@@ -24,11 +24,13 @@ class Cut:
         stages: Blocks on each segment.
         costs: Training FLOPs a token of each segment, output head included.
         imbalance: Largest over mean cost.
+        runs: Whether each pipeline rank has a block of every kind that it needs.
     """
 
     stages: tuple[int, ...]
     costs: tuple[int, ...]
     imbalance: float
+    runs: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,12 @@ class Cost:
 
     def fits(self, rank: int) -> bool | None:
         """Whether a rank's estimate is within the GPU; None without a GPU."""
-        return None if self.capacity_bytes is None else self.ranks[rank].peak_bytes <= self.capacity_bytes
+        left = self.left_bytes(rank)
+        return None if left is None else left >= 0
+
+    def left_bytes(self, rank: int) -> int | None:
+        """What the estimate leaves of a rank's GPU for what is not modelled; negative where it does not fit."""
+        return None if self.capacity_bytes is None else self.capacity_bytes - self.ranks[rank].peak_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data with stable names: what ``--format json`` prints."""
@@ -103,6 +110,7 @@ class Cost:
         return {
             "name": part.name,
             "family": part.family,
+            "kind": part.kind,
             "symbol": part.symbol,
             "segment": part.segment,
             "parameters": part.total,
@@ -121,6 +129,8 @@ class Cost:
             "rows": [asdict(row) for row in memory.rows],
             "peak_bytes": memory.peak_bytes,
             "fits": self.fits(memory.rank),
+            "left_bytes": self.left_bytes(memory.rank),
+            "largest_row": memory.largest.name,
         }
 
 
@@ -134,25 +144,23 @@ def cost_of(plan: RunPlan) -> Cost:
     return Cost(
         plan=plan,
         parts=chosen,
-        cuts=_cuts(plan),
-        ranks=tuple(rank_memory(plan, chosen, rank=rank) for rank in range(plan.layout.pipeline)),
+        cuts=_cuts(plan, chosen),
+        ranks=rank_memories(plan.recipe, plan.layout, chosen),
         capacity_bytes=H200_BYTES if plan.device == "cuda" else None,
     )
 
 
-def _cuts(plan: RunPlan) -> dict[str, Cut]:
-    costs, layout = block_costs(plan.recipe), plan.layout
-    segments = layout.pipeline * layout.virtual
-    experts = {layer.block - 1 for layer in layout.layers if layer.symbol == MOE_SYMBOL}
-    best = best_stages(costs, segments=segments, pipeline=layout.pipeline, needs=[experts] if experts else [])
+def _cuts(plan: RunPlan, chosen: tuple[Part, ...]) -> dict[str, Cut]:
+    costs, report = costs_of_blocks(plan.recipe, chosen), cut_report(plan.recipe, plan.layout)
     found = {
-        "recipe": plan.recipe.parallel.stages,
-        "best": best,
-        "equal": equal_stages(len(costs), segments=segments),
+        "recipe": (report.stages, True),
+        "best": (report.best_stages, True),
+        "equal": (equal_stages(len(costs), segments=len(report.stages)), report.equal_stages is not None),
     }
     return {
-        name: Cut(stages=stages, costs=stage_costs(costs, stages), imbalance=imbalance(costs, stages))
-        for name, stages in found.items()
+        name: Cut(stages=stages, costs=stage_costs(costs, stages), imbalance=imbalance(costs, stages), runs=runs)
+        for name, (stages, runs) in found.items()
+        if stages is not None
     }
 
 
@@ -160,6 +168,7 @@ def _flops(found: Flops) -> dict[str, int]:
     return {
         "matrices": found.matrices,
         "attention": found.attention,
+        "recurrence": found.recurrence,
         "forward": found.forward,
         "training": found.training,
     }

@@ -6,8 +6,8 @@ A stage is one pipeline segment; segment i lies on pipeline rank ``i % pipeline`
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 
 from megacpp_stp.errors import UserError
@@ -48,12 +48,7 @@ def best_stages(
         raise ValueError(f"{segments} segments do not go round {pipeline} pipeline ranks")
     if any(cost < 0 for cost in costs):
         raise ValueError("costs must not be negative")
-    if len(costs) < segments:
-        raise UserError(
-            f"{len(costs)} blocks do not fill {segments} stages",
-            field=_FIELD,
-            fix="use fewer pipeline or virtual stages",
-        )
+    refuse_too_many(segments, blocks=len(costs))
     search = _Search(costs, segments=segments, pipeline=pipeline, needs=needs)
     found = search.smallest_limit()
     if found is None:
@@ -63,6 +58,41 @@ def best_stages(
             fix="use fewer pipeline or virtual stages, or a pattern with more such blocks",
         )
     return found
+
+
+def refuse_too_many(segments: int, *, blocks: int) -> None:
+    """Each stage has a block.
+
+    Raises:
+        UserError: There are fewer blocks than stages.
+    """
+    if blocks < segments:
+        raise UserError(
+            f"{blocks} blocks do not fill {segments} stages",
+            field=_FIELD,
+            fix="use fewer pipeline or virtual stages",
+        )
+
+
+def rising_limits(sums: Sequence[int], least: int) -> Iterator[list[int]]:
+    """All that a stage can cost, from `least` upwards, in ever larger batches, each in order; no batch is empty.
+
+    The answer of a search is near the low end, and of a deep model all of them would be too many to write down.
+
+    Args:
+        sums: Costs of the first 0, 1, 2, ... blocks.
+        least: The smallest cost wanted.
+    """
+    low, width = least, max((b - a for a, b in zip(sums, sums[1:], strict=False)), default=0)
+    while low <= sums[-1]:
+        high = min(low + width, sums[-1])
+        found: set[int] = set()
+        for place, start in enumerate(sums):
+            first = bisect_left(sums, start + low, place + 1)
+            found.update(end - start for end in sums[first : bisect_right(sums, start + high, first)])
+        if found:
+            yield sorted(found)
+        low, width = high + 1, 4 * width + 1
 
 
 def stage_costs(costs: Sequence[int], stages: Sequence[int]) -> tuple[int, ...]:
@@ -113,17 +143,14 @@ class _Search:
         """The best cut under the smallest limit that allows one; None when no limit does."""
         sums = self._sums
         floor = -(-sums[-1] // self._segments)
-        limits = sorted({b - a for i, a in enumerate(sums) for b in sums[i + 1 :] if b - a >= floor})
+        for limits in rising_limits(sums, floor):
 
-        def allows(limit: int) -> bool:
-            return self._cut(limit, most_even=False) is not None
+            def allows(limit: int) -> bool:
+                return self._cut(limit, most_even=False) is not None
 
-        # The answer is near the low end, where few partial cuts survive: double the reach from there.
-        low, high = 0, 1
-        while high <= len(limits) and not allows(limits[high - 1]):
-            low, high = high, 2 * high
-        place = bisect_left(limits, True, low, min(high, len(limits)), key=allows)
-        return self._cut(limits[place], most_even=True) if place < len(limits) else None
+            if allows(limits[-1]):
+                return self._cut(limits[bisect_left(limits, True, key=allows)], most_even=True)
+        return None
 
     def _cut(self, limit: int, *, most_even: bool) -> tuple[int, ...] | None:
         """The most even cut with no stage above `limit`, or any such cut, which is found sooner."""

@@ -7,10 +7,12 @@ uses, and compared leaf by leaf. Null and absent mean the same: the thing is not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
+
+from megacpp_stp.plan.facts import STAGES, STAGES_FROM, Facts, Path, Side, facts_of, same, value_at
 
 DIFF_FORMAT = 1
 GROUPS = (
@@ -27,8 +29,6 @@ GROUPS = (
 _LABEL = "label"
 EQUAL, EQUAL_IN_EFFECT, DIFFERENT = "equal", "equal in effect", "different"
 
-_Path = tuple[str, ...]
-_Facts = dict[_Path, Any]
 
 _GROUP_OF_ROOT = {
     "model": "topology",
@@ -50,47 +50,7 @@ _GROUP_OF_ROOT = {
     "substrate": "substrate",
 }
 # They name a recipe or say how it was come by, and change nothing that runs.
-_LABELS = (("name",), ("title",), ("provenance",), ("overrides",))
-# Parts of a plan that are not read leaf by leaf.
-_TREATED_APART = {"recipe", "layout", "argv", "digest", "patches"}
-# Where a receipt repeats the plan: place in the receipt, path in the plan.
-_RECEIPT_PATHS: dict[_Path, _Path] = {
-    ("recipe", "name"): ("name",),
-    ("recipe", "provenance"): ("provenance",),
-    ("recipe", "overrides"): ("overrides",),
-    ("spec", "backend"): ("model", "backend"),
-    ("pattern", "source"): ("layout", "source_pattern"),
-    ("pattern", "megatron"): ("layout", "megatron_pattern"),
-    ("auxiliary_losses", "stp"): ("stp",),
-    ("auxiliary_losses", "moe_load_balancing"): ("model", "families", "E", "router", "aux_loss_coeff"),
-    ("auxiliary_losses", "moe_z_loss"): ("model", "families", "E", "router", "z_loss_coeff"),
-    ("topology", "world_size"): ("world_size",),
-    ("topology", "data_parallel"): ("data_parallel",),
-    ("topology", "micro_batches"): ("micro_batches",),
-    **{("topology", size): ("parallel", size) for size in ("tensor", "pipeline", "virtual", "context", "expert")},
-    ("seeds", "training"): ("training", "seed"),
-    ("iterations_planned",): ("training", "iterations"),
-    ("substrate", "hardware", "device"): ("device",),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """One of the two things compared.
-
-    Attributes:
-        given: What the user named.
-        kind: ``recipe``, ``plan`` or ``receipt``.
-        digest: Of the plan.
-        plan: The plan as plain data; None for a receipt that lies alone.
-        receipt: The receipt; None when a plan or a recipe was named.
-    """
-
-    given: str
-    kind: str
-    digest: str
-    plan: Mapping[str, Any] | None = None
-    receipt: Mapping[str, Any] | None = None
+_LABELS = (("name",), ("title",), ("provenance",), ("overrides",), STAGES_FROM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +151,7 @@ class PlanDiff:
 def compare(a: Side, b: Side) -> PlanDiff:
     """Compare two sides."""
     complete = a.plan is not None and b.plan is not None
-    left, right = _facts(a, b), _facts(b, a)
+    left, right = facts_of(a, b), facts_of(b, a)
     found = list(_differing(left, right))
     labels = tuple(item for item in found if item.group == _LABEL)
     differences = [item for item in found if item.group != _LABEL]
@@ -216,100 +176,17 @@ def compare(a: Side, b: Side) -> PlanDiff:
     )
 
 
-def _facts(side: Side, other: Side) -> _Facts:
-    """The leaves of one side that the other can have too."""
-    both_ran = side.receipt is not None and other.receipt is not None
-    if side.plan is not None:
-        facts = _plan_facts(side.plan)
-    else:
-        facts = _repeated_facts(side.receipt or {})
-    for lone in (side, other):
-        if lone.plan is None:
-            held = [path for source, path in _RECEIPT_PATHS.items() if _has(lone.receipt or {}, source)]
-            facts = {path: value for path, value in facts.items() if any(path[: len(h)] == h for h in held)}
-    if both_ran:
-        facts.update(_run_facts(side.receipt or {}))
-    else:
-        source = side.plan if side.plan is not None else side.receipt or {}
-        facts.update({("patches", name): "planned" for name in _patch_states(source)})
-    return facts
-
-
-def _plan_facts(plan: Mapping[str, Any]) -> _Facts:
-    facts: _Facts = {}
-    for key, value in plan.items():
-        if key not in _TREATED_APART:
-            facts.update(_leaves(value, (key,)))
-    for key, value in plan["layout"].items():
-        # Rows follow from the patterns, and the sizes repeat the recipe's.
-        if key != "layers" and not _same(value, value_at(plan, ("recipe", "parallel", key))):
-            facts.update(_leaves(value, ("layout", key)))
-    for key, value in plan["recipe"].items():
-        # A section of the recipe may one day be called like a part of the plan.
-        facts.update(_leaves(value, ("recipe", key) if key in plan else (key,)))
-    return facts
-
-
-def _repeated_facts(receipt: Mapping[str, Any]) -> _Facts:
-    """What a receipt repeats of its plan, under the plan's paths."""
-    facts: _Facts = {}
-    for source, path in _RECEIPT_PATHS.items():
-        facts.update(_leaves(value_at(receipt, source), path))
-    return facts
-
-
-def _run_facts(receipt: Mapping[str, Any]) -> _Facts:
-    """What only a run knows: substrate, content of its data, state of its patches. Not how it went."""
-    facts: _Facts = {}
-    for root in ("substrate", "data", "spec"):
-        facts.update(_leaves(receipt.get(root), (root,)))
-    for source in (("substrate", "hardware", "device"), ("spec", "backend")):  # the plan's
-        facts.pop(source, None)
-    facts.update({("patches", name): state for name, state in _patch_states(receipt).items()})
-    return facts
-
-
-def _patch_states(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Patches by id: a plan lists ids, a receipt ids and states."""
-    patches = document.get("patches")
-    states: dict[str, Any] = {}
-    for patch in patches if isinstance(patches, list) else []:
-        if isinstance(patch, Mapping):
-            states[str(patch.get("id"))] = patch.get("state")
-        else:
-            states[str(patch)] = "planned"
-    return states
-
-
-def _leaves(value: Any, path: _Path) -> Iterator[tuple[_Path, Any]]:
-    """Leaves under `path`. A list is a leaf: taps and stages mean something only as a whole."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    elif value is not None:
-        yield path, value
-
-
-def _differing(left: _Facts, right: _Facts) -> Iterator[Difference]:
+def _differing(left: Facts, right: Facts) -> Iterator[Difference]:
     for path in sorted(left.keys() | right.keys()):
         a, b = left.get(path), right.get(path)
-        if not _same(a, b):
+        if not same(a, b):
             yield Difference(group=_group(path), path=".".join(path), a=a, b=b)
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Equality without Python's `True == 1`; 0 and 0.0 are the same number."""
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
-
-
-def _group(path: _Path) -> str:
+def _group(path: Path) -> str:
     if path in _LABELS:
         return _LABEL
-    if path[:2] == ("parallel", "stages"):
+    if path[:2] == STAGES:
         return "topology"
     return _GROUP_OF_ROOT.get(path[1] if path[0] == "recipe" and len(path) > 1 else path[0], "other")
 
@@ -321,7 +198,7 @@ def _consequences(a: Side, b: Side) -> Iterator[Consequence]:
     if a.receipt is not None and b.receipt is not None:
         total = ("parameters", "total")
         counts = [value_at(side.receipt, total) for side in (a, b)]
-        if not _same(*counts):
+        if not same(*counts):
             yield Consequence(path=".".join(total), items=(), a=counts[0], b=counts[1])
 
 
@@ -357,7 +234,7 @@ def _layer_consequence(a: Sequence[Any], b: Sequence[Any]) -> Iterator[Consequen
     numbers = [
         number
         for number in range(max(len(a), len(b)))
-        if number >= min(len(a), len(b)) or not _same(a[number], b[number])
+        if number >= min(len(a), len(b)) or not same(a[number], b[number])
     ]
     if numbers:
         rows = [[side[number] for number in numbers if number < len(side)] for side in (a, b)]
@@ -369,7 +246,7 @@ def _promoted(item: Consequence) -> Difference:
     return Difference(group=_group(tuple(item.path.split("."))), path=item.path, a=item.a, b=item.b)
 
 
-def _idle_overrides(left: _Facts, right: _Facts, differences: Sequence[Difference]) -> Iterator[IdleOverride]:
+def _idle_overrides(left: Facts, right: Facts, differences: Sequence[Difference]) -> Iterator[IdleOverride]:
     """Overrides of one side only under whose path nothing differs."""
     found = [facts.get(("overrides",)) for facts in (left, right)]
     written = [value if isinstance(value, list) else [] for value in found]
@@ -381,16 +258,3 @@ def _idle_overrides(left: _Facts, right: _Facts, differences: Sequence[Differenc
             )
             if override not in others and not touched:
                 yield IdleOverride(side=side, override=str(override))
-
-
-def _has(document: Mapping[str, Any], path: _Path) -> bool:
-    """Whether a receipt says anything at `path`, null included."""
-    above = value_at(document, path[:-1])
-    return isinstance(above, Mapping) and path[-1] in above
-
-
-def value_at(document: Any, path: Sequence[str]) -> Any:
-    """The value at `path`; None where there is none."""
-    for key in path:
-        document = document.get(key) if isinstance(document, Mapping) else None
-    return document

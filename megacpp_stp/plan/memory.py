@@ -1,28 +1,29 @@
 """Memory of one GPU of each pipeline rank, row by row; each row says whether it is exact or estimated.
 
 Exact means: the bytes of the tensors that megatron-core 0.19.2 allocates, to the element. Not modelled, and therefore
-what the distance to the capacity is for: the CUDA context, NCCL's buffers, temporary buffers of either pass, and what
-the allocator loses between blocks.
+what the distance to the capacity is for: the CUDA context, NCCL's buffers, temporary buffers of either pass but those
+of sparse attention, and what the allocator loses between blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megacpp_stp.plan.activations import COMPUTE_BYTES, FP32, Kept, kept_by
-from megacpp_stp.plan.build import RunPlan
-from megacpp_stp.plan.parameters import Part, Weight, of_rank
-from megacpp_stp.plan.schedule import peak_in_flight
+from megacpp_stp.plan.checks import micro_batches
+from megacpp_stp.plan.footprint import Footprint, footprints
+from megacpp_stp.plan.lowering import HybridPlan
+from megacpp_stp.plan.parameters import Part, of_rank
+from megacpp_stp.plan.schedule import Held, amount, peak_in_flight
 from megacpp_stp.recipe.schema import Recipe
 
 GIB = 2**30
 H200_BYTES = 141 * 10**9
 """As the data sheet has it: 141 GB = 131.3 GiB. Drivers report somewhat more, which is not counted on."""
 
-_ADAM_MOMENTS = 2
-
 Phase = Literal["always", "passes", "step"]
+_PHASES: tuple[Phase, ...] = ("always", "passes", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class RankMemory:
 
     rank: int
     elements: int
-    in_flight: tuple[int, ...]
+    in_flight: Held
     rows: tuple[Row, ...]
 
     @property
@@ -66,117 +67,104 @@ class RankMemory:
         of_phase = {phase: sum(row.bytes for row in self.rows if row.phase == phase) for phase in _PHASES}
         return of_phase["always"] + max(of_phase["passes"], of_phase["step"])
 
+    @property
+    def largest(self) -> Row:
+        """The row to look at first where the rank does not fit."""
+        return max(self.rows, key=lambda row: row.bytes)
 
-_PHASES: tuple[Phase, ...] = ("always", "passes", "step")
 
-
-def rank_memory(plan: RunPlan, chosen: tuple[Part, ...], *, rank: int) -> RankMemory:
-    """Memory of one GPU.
+def rank_memories(recipe: Recipe, layout: HybridPlan, chosen: tuple[Part, ...]) -> tuple[RankMemory, ...]:
+    """Memory of one GPU of each pipeline rank.
 
     Args:
-        plan: The plan.
+        recipe: The recipe.
+        layout: Its lowering.
         chosen: Its parts, from `megacpp_stp.plan.parameters.parts`.
-        rank: Pipeline rank.
     """
-    recipe, pipeline = plan.recipe, plan.layout.pipeline
-    mine = of_rank(chosen, rank=rank, pipeline=pipeline)
-    weights = tuple(weight for part in mine for weight in (*part.weights, *part.copies))
-    in_flight, working = _working(plan, mine, rank=rank)
-    return RankMemory(
-        rank=rank,
-        elements=sum(_on_gpu(recipe, weight) for weight in weights),
-        in_flight=in_flight,
-        rows=(*_persistent(plan, weights), *working),
-    )
+    return tuple(_rank_memory(recipe, layout, chosen, rank=rank) for rank in range(layout.pipeline))
 
 
-def _on_gpu(recipe: Recipe, weight: Weight) -> int:
-    return weight.on_gpu(tensor=recipe.parallel.tensor, expert=recipe.parallel.expert)
-
-
-def _persistent(plan: RunPlan, weights: tuple[Weight, ...]) -> tuple[Row, ...]:
-    """Weights, gradients, Adam.
-
-    Gradients are fp32 in either precision (``validate_args`` turns accumulate_allreduce_grads_in_fp32 on for bf16), in
-    DDP's buffers. Adam keeps two fp32 moments and, for bf16, an fp32 copy of the weights; the distributed optimizer
-    cuts these, but neither weights nor gradients, over data-parallel ranks.
-    """
-    recipe = plan.recipe
-    sharded, fp32 = recipe.optimizer.distributed, recipe.training.precision == "fp32"
-    elements = sum(_on_gpu(recipe, weight) for weight in weights)
-    stepped = _stepped_elements(plan, weights)
-    state = FP32 * (_ADAM_MOMENTS if fp32 else _ADAM_MOMENTS + 1)
-    padding = "; without the buckets' padding" if sharded else ""
-    moments = "two fp32 moments" if fp32 else "two fp32 moments and an fp32 copy of the weights"
-    return (
-        Row(
-            name="weights",
-            bytes=COMPUTE_BYTES[recipe.training.precision] * elements,
-            exact=not sharded,
-            phase="always",
-            note=recipe.training.precision + padding,
-        ),
-        Row(name="gradients", bytes=FP32 * elements, exact=not sharded, phase="always", note="fp32" + padding),
-        Row(
-            name="optimizer state",
-            bytes=state * stepped,
-            exact=not sharded,
-            phase="always",
-            note=moments + (", over data-parallel ranks" if sharded else ""),
-        ),
-        Row(
-            name="optimizer step",
-            bytes=FP32 * stepped,
-            exact=False,
-            phase="step",
-            note="torch's AdamW takes the root of all second moments at once; a fused Adam does not",
-        ),
-    )
-
-
-def _stepped_elements(plan: RunPlan, weights: tuple[Weight, ...]) -> int:
-    """Elements whose optimizer state one GPU has."""
-    recipe, parallel = plan.recipe, plan.recipe.parallel
-    if not recipe.optimizer.distributed:
-        return sum(_on_gpu(recipe, weight) for weight in weights)
-    # Megatron shards over data x context, and experts over what their own groups leave of the world.
-    dense = plan.data_parallel * parallel.context
-    of_experts = plan.world_size // (parallel.pipeline * parallel.tensor * parallel.expert)
-    shards = {"none": dense, "tensor": dense, "expert": of_experts}
-    return sum(-(-_on_gpu(recipe, weight) // shards[weight.split]) for weight in weights)
-
-
-def _working(plan: RunPlan, mine: tuple[Part, ...], *, rank: int) -> tuple[tuple[int, ...], tuple[Row, ...]]:
-    """What forward passes keep for their backward passes, at the schedule's peak."""
-    recipe, layout = plan.recipe, plan.layout
-    training = recipe.training
-    tokens = training.sequence_length * training.micro_batch_size // recipe.parallel.context
+def _rank_memory(recipe: Recipe, layout: HybridPlan, chosen: tuple[Part, ...], *, rank: int) -> RankMemory:
+    mine = of_rank(chosen, rank=rank, pipeline=layout.pipeline)
+    found = footprints(recipe, mine)
     stages = [
-        [kept_by(recipe, part) for part in mine if part.segment // layout.pipeline == virtual]
+        [one for one, part in zip(found, mine, strict=True) if part.segment // layout.pipeline == virtual]
         for virtual in range(layout.virtual)
     ]
     _, in_flight = peak_in_flight(
-        [sum(kept.total for kept in stage) for stage in stages],
+        [sum(one.microbatch for one in stage) for stage in stages],
         rank=rank,
         pipeline=layout.pipeline,
-        micro_batches=plan.micro_batches,
+        micro_batches=micro_batches(recipe),
+    )
+    return RankMemory(
+        rank=rank,
+        elements=sum(one.elements for one in found),
+        in_flight=in_flight,
+        rows=(*_persistent(recipe, found), *_working(recipe, stages, in_flight)),
     )
 
-    def held(field: Literal["layer", "dispatch", "logits"]) -> int:
-        each = (sum(_field(kept, field) for kept in stage) for stage in stages)
-        return tokens * sum(number * one for number, one in zip(in_flight, each, strict=True))
 
-    uncut = "; upper bound: not divided by tensor parallelism" if recipe.parallel.tensor > 1 else ""
-    row_notes: tuple[tuple[str, Literal["layer", "dispatch", "logits"], str], ...] = (
-        ("activations", "layer", f"kept by autograd, fused attention, no recomputation{uncut}"),
-        ("expert dispatch", "dispatch", f"routed copies of the tokens; balanced routing{uncut}"),
-        ("logits", "logits", f"fp32 softmax and the logits beside it{uncut}"),
+def _persistent(recipe: Recipe, found: Sequence[Footprint]) -> Iterator[Row]:
+    """Weights, gradients, Adam; see `Footprint`."""
+    sharded, precision = recipe.optimizer.distributed, recipe.training.precision
+    padding = "; without the buckets' padding" if sharded else ""
+    moments = "two fp32 moments" if precision == "fp32" else "two fp32 moments and an fp32 copy of the weights"
+    rows: tuple[tuple[str, int, str], ...] = (
+        ("weights", sum(one.weights for one in found), precision + padding),
+        ("gradients", sum(one.gradients for one in found), "fp32" + padding),
+        (
+            "optimizer state",
+            sum(one.state for one in found),
+            moments + (", over data-parallel ranks" if sharded else ""),
+        ),
     )
-    rows = (
-        Row(name=name, bytes=held(field), exact=False, phase="passes", note=note) for name, field, note in row_notes
+    for name, size, note in rows:
+        yield Row(name=name, bytes=size, exact=not sharded, phase="always", note=note)
+    yield Row(
+        name="optimizer step",
+        bytes=sum(one.step for one in found),
+        exact=False,
+        phase="step",
+        note="torch's AdamW takes the root of all second moments at once; a fused Adam does not",
     )
-    return in_flight, tuple(row for row in rows if row.bytes)
 
 
-def _field(kept: Kept, field: Literal["layer", "dispatch", "logits"]) -> int:
-    return {"layer": kept.layer, "dispatch": kept.dispatch, "logits": kept.logits}[field]
+def _working(recipe: Recipe, stages: Sequence[Sequence[Footprint]], in_flight: Held) -> Iterator[Row]:
+    """What forward passes keep for their backward passes at the schedule's peak; rows of nothing are left out."""
+    recompute = recipe.training.recompute
+    how = "no" if recompute is None else recompute.granularity
+    largest = max((one for stage in stages for one in stage), key=lambda one: one.again)
+    rows: tuple[tuple[str, Callable[[Footprint], int], int, str], ...] = (
+        ("activations", lambda one: one.activations, 0, f"kept by autograd, fused attention, {how} recomputation"),
+        ("expert dispatch", lambda one: one.dispatch, 0, "routed copies of the tokens; balanced routing"),
+        (
+            "DSA scores",
+            lambda one: one.scores,
+            largest.scores_again,
+            "heads x keys of each token, as the plain path keeps them; of one layer where they are computed again",
+        ),
+        (
+            "DSA pass",
+            lambda one: 0,
+            largest.attention_pass,
+            "temporaries of one layer's attention in backward, beside its scores; the indexer's loss never meets it",
+        ),
+        (
+            "indexer loss",
+            lambda one: 0,
+            largest.indexer_loss,
+            "what the indexer and its loss need above the attention of one layer, before it or behind it",
+        ),
+        (
+            "recomputed",
+            lambda one: 0,
+            largest.again - largest.scores_again - largest.attention_pass - largest.indexer_loss,
+            "all else that recomputation brings back of the largest layer, in its backward pass",
+        ),
+        ("logits", lambda one: one.logits, 0, "fp32 softmax of each output head, and the main one's logits beside it"),
+    )
+    for name, size, more, note in rows:
+        held = amount(in_flight, [sum(size(one) for one in stage) for stage in stages]) + more
+        if held:
+            yield Row(name=name, bytes=held, exact=False, phase="passes", note=note)

@@ -1,74 +1,49 @@
-"""How many parameters each Megatron layer has, exactly, and how they spread over the parallel groups.
+"""Everything of a model that has parameters, part by part, and how they spread over the pipeline.
 
-Read off megatron-core 0.19.2's modules with the torch backend's spec, without biases (``--disable-bias-linear``) and
-with a norm's weight only (RMSNorm). `tests/parity/test_parameter_count.py` builds the models and compares.
+Counts are exact: `tests/parity/test_parameter_count.py` builds the models and compares.
 
-Legend: h hidden, f hidden width of an MLP or an expert, n heads, g key/value groups, d channels of a head, V padded
-vocabulary.
+Legend: h hidden, V padded vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megacpp_stp.errors import UserError
-from megacpp_stp.plan.lowering import MLP_SYMBOL, MOE_SYMBOL, HybridPlan
-from megacpp_stp.recipe.schema import Attention, Mla, Model, Moe, Recipe
+from megacpp_stp.plan.layers import layer_weights, prediction_weights
+from megacpp_stp.plan.lowering import HybridPlan, Kind
+from megacpp_stp.plan.weight import Weight, matrix, vector
+from megacpp_stp.recipe.schema import Recipe
 
 VOCAB_MULTIPLE = 128
 """Megatron's default of ``--make-vocab-size-divisible-by``, which no recipe changes."""
 
-MLA_SYMBOL, ATTENTION_SYMBOL = "+", "*"
-EMBEDDING, OUTPUT = "embedding", "output"
+EMBEDDING, OUTPUT, MTP = "embedding", "output", "mtp"
 
-Split = Literal["none", "tensor", "expert"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """One parameter, or a module's parameters of one kind.
-
-    Attributes:
-        name: As in Megatron's module tree, from the layer down.
-        count: Elements in the whole model, over all tensor- and expert-parallel ranks.
-        active: Elements that one token meets: the experts that it is not routed to are left out.
-        split: Over which group it is cut: ``none`` is whole on every rank, ``expert`` is cut over expert-parallel
-            ranks and, inside each, over tensor-parallel ones (Megatron's default expert-tensor size).
-        is_matrix: Whether a token is multiplied by it: one multiply-add an active element. False for norms and for
-            the embedding, which is looked up.
-    """
-
-    name: str
-    count: int
-    active: int
-    split: Split
-    is_matrix: bool
-
-    def on_gpu(self, *, tensor: int, expert: int) -> int:
-        """Elements on one GPU. `tensor` and `expert` are the sizes of those groups."""
-        return self.count // {"none": 1, "tensor": tensor, "expert": tensor * expert}[self.split]
+PartKind = Kind | Literal["embedding", "output", "mtp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What lies on one pipeline segment as a whole: the embedding, a layer, or the output (final norm and head).
+    """What lies on one pipeline segment as a whole: the embedding, a layer, a depth of prediction, or the output.
 
     Attributes:
-        name: ``embedding``, ``layer 3``, ``output``.
-        family: The layer's source letter; ``embedding`` or ``output`` outside the blocks.
-        symbol: Megatron's letter; empty outside the blocks.
+        name: ``embedding``, ``layer 3``, ``mtp 1``, ``mtp 1 layer 2``, ``output``.
+        family: The layer's source letter; ``embedding``, ``mtp`` or ``output`` outside the blocks.
+        kind: What it is: of a layer what runs there; ``mtp`` is a depth without its layers, with its output head.
+        symbol: Megatron's letter; empty for what is no layer.
         layer: Global layer number from 1; None outside the blocks.
         block: Source block number from 1; None outside the blocks.
         segment: Pipeline segment from 0.
         weights: Its parameters.
-        copies: Elements it stores of weights that another segment owns: the tied output layer's copy of the embedding,
-            when the two are on different segments.
+        copies: Elements it stores of weights that another segment owns: the embedding of a tied output layer or of
+            multi-token prediction, when the two are on different segments.
     """
 
     name: str
     family: str
+    kind: PartKind
     symbol: str
     layer: int | None
     block: int | None
@@ -86,6 +61,12 @@ class Part:
         """Elements that one token meets, without copies."""
         return sum(weight.active for weight in self.weights)
 
+    def home(self, depth: int) -> int:
+        """The block, numbered from 1 to `depth`, on whose segment it is in every cut."""
+        if self.block is not None:
+            return self.block
+        return 1 if self.kind == EMBEDDING else depth
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
@@ -101,26 +82,6 @@ def padded_vocab_size(recipe: Recipe) -> int:
     return -(-recipe.model.vocab_size // multiple) * multiple
 
 
-def layer_weights(model: Model, symbol: str) -> tuple[Weight, ...]:
-    """Parameters of one layer.
-
-    Args:
-        model: The recipe's network.
-        symbol: Megatron's letter.
-
-    Raises:
-        UserError: A letter that this count does not know, or that the recipe does not describe.
-    """
-    if symbol not in _LAYERS:
-        raise UserError(
-            "has no parameter count",
-            field="layer symbol",
-            value=symbol,
-            fix=f"known symbols: {' '.join(sorted(_LAYERS))}",
-        )
-    return tuple(_LAYERS[symbol](model))
-
-
 def parts(recipe: Recipe, layout: HybridPlan) -> tuple[Part, ...]:
     """Everything with parameters, from the embedding to the output.
 
@@ -128,44 +89,33 @@ def parts(recipe: Recipe, layout: HybridPlan) -> tuple[Part, ...]:
         recipe: The resolved recipe.
         layout: Its lowering; says which layer lies on which segment.
     """
-    model, last = recipe.model, len(layout.segments) - 1
-    table = padded_vocab_size(recipe) * model.hidden_size
-    by_symbol = {symbol: layer_weights(model, symbol) for symbol in {layer.symbol for layer in layout.layers}}
+    model = recipe.model
+    kinds = dict.fromkeys(layer.kind for layer in (*layout.layers, *layout.mtp))
+    weights = {kind: layer_weights(model, kind) for kind in kinds}
     embedding = Part(
         name=EMBEDDING,
         family=EMBEDDING,
+        kind="embedding",
         symbol="",
         layer=None,
         block=None,
         segment=0,
-        weights=(_weight("embedding.word_embeddings", table, split="tensor", is_matrix=False),),
+        weights=(_embedding(recipe),),
     )
     layers = (
         Part(
             name=f"layer {layer.number}",
             family=layer.family,
+            kind=layer.kind,
             symbol=layer.symbol,
             layer=layer.number,
             block=layer.block,
             segment=layer.segment,
-            weights=by_symbol[layer.symbol],
+            weights=weights[layer.kind],
         )
         for layer in layout.layers
     )
-    head = _weight("output_layer", table, split="tensor")
-    final_norm = _norm("decoder.final_norm", model.hidden_size)
-    output = Part(
-        name=OUTPUT,
-        family=OUTPUT,
-        symbol="",
-        layer=None,
-        block=None,
-        segment=last,
-        weights=(final_norm,) if model.tie_embeddings else (final_norm, head),
-        # Upstream keeps a second, synchronised copy unless one model chunk has both ends.
-        copies=(head,) if model.tie_embeddings and last > 0 else (),
-    )
-    return (embedding, *layers, output)
+    return (embedding, *layers, *_predictions(recipe, layout, weights), _output(recipe, layout))
 
 
 def count(chosen: tuple[Part, ...]) -> Count:
@@ -184,85 +134,53 @@ def of_rank(chosen: tuple[Part, ...], *, rank: int, pipeline: int) -> tuple[Part
     return tuple(part for part in chosen if part.segment % pipeline == rank)
 
 
-def _weight(name: str, count: int, *, split: Split, active: int | None = None, is_matrix: bool = True) -> Weight:
-    return Weight(name=name, count=count, active=count if active is None else active, split=split, is_matrix=is_matrix)
+def _embedding(recipe: Recipe) -> Weight:
+    return vector("embedding.word_embeddings", padded_vocab_size(recipe) * recipe.model.hidden_size, split="tensor")
 
 
-def _norm(name: str, width: int) -> Weight:
-    return _weight(name, width, split="none", is_matrix=False)
-
-
-def _mla(model: Model) -> Iterator[Weight]:
-    """``+``: low-rank query and key/value, a norm on each latent (multi_latent_attention.py, --qk-layernorm)."""
-    block = model.families.A
-    if not isinstance(block, Mla):
-        raise _undescribed(MLA_SYMBOL, "mla")
-    h, n, rope = model.hidden_size, model.heads, block.qk_pos_emb_head_dim
-    yield _norm("input_layernorm", h)
-    yield _weight("self_attention.linear_q_down_proj", h * block.q_lora_rank, split="tensor")
-    yield _norm("self_attention.q_layernorm", block.q_lora_rank)
-    yield _weight("self_attention.linear_q_up_proj", block.q_lora_rank * n * (block.qk_head_dim + rope), split="tensor")
-    yield _weight("self_attention.linear_kv_down_proj", h * (block.kv_lora_rank + rope), split="tensor")
-    yield _norm("self_attention.kv_layernorm", block.kv_lora_rank)
-    yield _weight(
-        "self_attention.linear_kv_up_proj",
-        block.kv_lora_rank * n * (block.qk_head_dim + block.v_head_dim),
-        split="tensor",
-    )
-    yield _weight("self_attention.linear_proj", n * block.v_head_dim * h, split="tensor")
-
-
-def _attention(model: Model) -> Iterator[Weight]:
-    """``*``: grouped-query attention (attention.py)."""
-    block = model.families.A
-    if not isinstance(block, Attention):
-        raise _undescribed(ATTENTION_SYMBOL, "attention")
-    h, n, g, d = model.hidden_size, model.heads, block.kv_groups, block.head_dim
-    yield _norm("input_layernorm", h)
-    yield _weight("self_attention.linear_qkv", h * (n + 2 * g) * d, split="tensor")
-    yield _weight("self_attention.linear_proj", n * d * h, split="tensor")
-
-
-def _mlp(model: Model) -> Iterator[Weight]:
-    """``-``: dense MLP (mlp.py); swiglu's first matrix is twice as wide, for the gate."""
-    h, f = model.hidden_size, model.ffn_hidden_size
-    yield _norm("pre_mlp_layernorm", h)
-    yield _weight("mlp.linear_fc1", h * f * _first_width(model), split="tensor")
-    yield _weight("mlp.linear_fc2", f * h, split="tensor")
-
-
-def _moe(model: Model) -> Iterator[Weight]:
-    """``E``: router, routed experts, shared expert (moe_layer.py). The expert bias is a buffer, not a parameter."""
-    block = model.families.E
-    if not isinstance(block, Moe):
-        raise _undescribed(MOE_SYMBOL, "moe")
-    h, one = model.hidden_size, model.hidden_size * block.ffn_hidden_size
-    shared = h * block.shared_ffn_hidden_size
-    yield _norm("pre_mlp_layernorm", h)
-    yield _weight("mlp.router", h * block.experts, split="none")
-    for name, size in (("linear_fc1", one * _first_width(model)), ("linear_fc2", one)):
-        yield _weight(f"mlp.experts.{name}", size * block.experts, active=size * block.topk, split="expert")
-    if shared:
-        yield _weight("mlp.shared_experts.linear_fc1", shared * _first_width(model), split="tensor")
-        yield _weight("mlp.shared_experts.linear_fc2", shared, split="tensor")
-
-
-def _first_width(model: Model) -> int:
-    """Times f: the width of an MLP's first projection."""
-    return 2 if model.activation == "swiglu" else 1
-
-
-def _undescribed(symbol: str, block: str) -> UserError:
-    return UserError(
-        f"the layout has a layer {symbol!r}, but no family is a block of kind {block}",
-        field="model.families",
-        fix=f"describe a family with block: {block}",
+def _output(recipe: Recipe, layout: HybridPlan) -> Part:
+    """Final norm and output layer."""
+    model, last = recipe.model, len(layout.stages) - 1
+    head = matrix("output_layer", padded_vocab_size(recipe) * model.hidden_size, split="tensor")
+    final_norm = vector("decoder.final_norm", model.hidden_size)
+    return Part(
+        name=OUTPUT,
+        family=OUTPUT,
+        kind="output",
+        symbol="",
+        layer=None,
+        block=None,
+        segment=last,
+        weights=(final_norm,) if model.tie_embeddings else (final_norm, head),
+        # Upstream keeps a second, synchronised copy unless one model chunk has both ends. Beside multi-token
+        # prediction, which has a copy of its own there, this one is allocated and never used.
+        copies=(head,) if model.tie_embeddings and last > 0 else (),
     )
 
 
-_LAYERS: dict[str, Callable[[Model], Iterator[Weight]]] = {
-    MLA_SYMBOL: _mla,
-    ATTENTION_SYMBOL: _attention,
-    MLP_SYMBOL: _mlp,
-    MOE_SYMBOL: _moe,
-}
+def _predictions(recipe: Recipe, layout: HybridPlan, weights: dict[Kind, tuple[Weight, ...]]) -> Iterator[Part]:
+    """Multi-token prediction, on the last segment: each depth and its layers. All depths share one embedding copy."""
+    last = len(layout.stages) - 1
+    for depth in range(1, layout.mtp_depths + 1):
+        yield Part(
+            name=f"{MTP} {depth}",
+            family=MTP,
+            kind="mtp",
+            symbol="",
+            layer=None,
+            block=None,
+            segment=last,
+            weights=prediction_weights(recipe.model),
+            copies=(_embedding(recipe),) if depth == 1 and last > 0 else (),
+        )
+        for layer in layout.mtp:
+            yield Part(
+                name=f"{MTP} {depth} layer {layer.number}",
+                family=MTP,
+                kind=layer.kind,
+                symbol=layer.symbol,
+                layer=None,
+                block=None,
+                segment=last,
+                weights=weights[layer.kind],
+            )

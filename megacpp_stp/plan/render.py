@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from megacpp_stp.plan.build import ENTRY_MODULE, RunPlan
-from megacpp_stp.plan.lowering import Layer
+from megacpp_stp.plan.lowering import HybridPlan, Layer
 
 _TAP_MARK = "^"
+_RANK_COLUMN = 17
+_NARROWEST_CELL = 24
+_Column = tuple[str, str, str, str]  # layer number, family, symbol, tap mark
 
 
 def shell_line(plan: RunPlan) -> str:
@@ -25,16 +30,19 @@ def shell_line(plan: RunPlan) -> str:
 
 def print_plan(plan: RunPlan, console: Console) -> None:
     """Print the whole plan."""
-    console.print(Group(*_sections(plan)))
+    console.print(Group(*_sections(plan, width=console.width)))
 
 
-def _sections(plan: RunPlan) -> Iterator[RenderableType]:
+def _sections(plan: RunPlan, *, width: int) -> Iterator[RenderableType]:
     recipe = plan.recipe
     yield Text(f"{recipe.name}: {recipe.title}", style="bold")
     yield _facts(plan)
-    yield _layout(plan)
-    yield from _stand_ins(plan)
+    yield _layout(plan, width=width)
+    yield from _balance(plan)
+    yield from _memory(plan)
+    yield from _seams(plan)
     yield _stp(plan)
+    yield from _gaps(plan)
     env = Table(title="environment", title_justify="left", box=None, pad_edge=False)
     for name in ("variable", "value", "why"):
         env.add_column(name)
@@ -42,7 +50,7 @@ def _sections(plan: RunPlan) -> Iterator[RenderableType]:
         env.add_row(variable.name, variable.value or "(empty)", variable.why)
     yield env
     arguments = Table(title="arguments", title_justify="left", box=None, pad_edge=False)
-    arguments.add_column("argument")
+    arguments.add_column("argument", overflow="fold")
     arguments.add_column("asked for by", style="dim")
     for argument in plan.arguments:
         arguments.add_row(Text(shlex.join(argument.tokens)), Text(argument.field))
@@ -52,16 +60,13 @@ def _sections(plan: RunPlan) -> Iterator[RenderableType]:
 def _facts(plan: RunPlan) -> Table:
     recipe, parallel = plan.recipe, plan.recipe.parallel
     table = Table(show_header=False, box=None, pad_edge=False)
-    counts = {
-        family: sum(layer.family == family for layer in plan.layout.layers)
-        for family in "AMER"
-        if any(layer.family == family for layer in plan.layout.layers)
-    }
+    source = plan.layout.source
+    counts = {family: source.count(family) for family in "AMER" if family in source}
     rows = {
         "digest": plan.digest,
         "provenance": recipe.provenance,
         "overrides": ", ".join(recipe.overrides) or "none",
-        "pattern": f"{plan.layout.source}  ({', '.join(f'{n} {family}' for family, n in counts.items())})",
+        "pattern": f"{source}  ({', '.join(f'{n} {family}' for family, n in counts.items())})",
         "device": plan.device,
         "backend": recipe.model.backend,
         "world": f"{plan.world_size} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
@@ -75,30 +80,111 @@ def _facts(plan: RunPlan) -> Table:
     return table
 
 
-def _layout(plan: RunPlan) -> Table:
-    """One row a pipeline rank, a cell a virtual stage."""
+def _layout(plan: RunPlan, *, width: int) -> Table:
+    """One row a pipeline rank, a cell a virtual stage; `width` columns of text, if they suffice."""
     layout = plan.layout
-    table = Table(title=f"layout: source family over Megatron symbol, {_TAP_MARK} STP tap", title_justify="left")
+    room = max((width - _RANK_COLUMN) // layout.virtual - 3, _NARROWEST_CELL)
+    table = Table(
+        title=f"layout: layer number, source family, Megatron symbol, {_TAP_MARK} STP tap",
+        title_justify="left",
+        show_lines=True,
+    )
     table.add_column("pipeline rank")
     for virtual in range(layout.virtual):
-        table.add_column(f"stage {virtual}" if layout.virtual > 1 else "layers")
+        table.add_column(f"stage {virtual}" if layout.virtual > 1 else "layers", no_wrap=True)
     for rank in range(layout.pipeline):
-        segments = [layout.segments[virtual * layout.pipeline + rank] for virtual in range(layout.virtual)]
-        table.add_row(str(rank), *(_cell(segment) for segment in segments))
+        places = [virtual * layout.pipeline + rank for virtual in range(layout.virtual)]
+        table.add_row(str(rank), *(_cell(_columns(layout, segment), room=room) for segment in places))
     return table
 
 
-def _cell(layers: tuple[Layer, ...]) -> Text:
-    columns = [(str(layer.number), layer.family, layer.symbol, _TAP_MARK if layer.tapped else "") for layer in layers]
-    lines = (" ".join(text.rjust(len(column[0])) for column in columns for text in (column[row],)) for row in range(4))
-    return Text("\n".join(line.rstrip() for line in lines).rstrip())
+def _columns(layout: HybridPlan, segment: int) -> list[_Column]:
+    def column(layer: Layer) -> _Column:
+        return str(layer.number), layer.family, layer.symbol, _TAP_MARK if layer.tapped else ""
+
+    found = [column(layer) for layer in layout.segments[segment]]
+    if segment == len(layout.segments) - 1:
+        families, symbols = ("".join(getattr(layer, name) for layer in layout.mtp) for name in ("family", "symbol"))
+        found += [(f"mtp {depth}", families, symbols, "") for depth in range(1, layout.mtp_depths + 1)]
+        found.append(("loss", "", "", ""))
+    return found
 
 
-def _stand_ins(plan: RunPlan) -> Iterator[RenderableType]:
-    for family, numbers in plan.layout.stand_ins().items():
-        seam = next(layer.seam for layer in plan.layout.layers if layer.number == numbers[0])
-        where = " ".join(map(str, numbers))
-        yield Text(f"stand-in: family {family} at layers {where}: {seam}", style="yellow")
+def _cell(columns: list[_Column], *, room: int) -> Text:
+    """The four lines of a stage's layers, as often as it takes to show them all in `room` columns of text."""
+    groups: list[list[_Column]] = [[]]
+    for column in columns:
+        if sum(_width(other) + 1 for other in groups[-1]) + _width(column) > room:
+            groups.append([])
+        groups[-1].append(column)
+    return Text("\n".join(_lines(group) for group in groups))
+
+
+def _lines(columns: list[_Column]) -> str:
+    rows = (" ".join(column[row].rjust(_width(column)) for column in columns).rstrip() for row in range(4))
+    return "\n".join(row for row in rows if row)
+
+
+def _width(column: _Column) -> int:
+    return max(len(text) for text in column)
+
+
+def _balance(plan: RunPlan) -> Iterator[RenderableType]:
+    """How even the cut is, and against which others."""
+    if len(plan.layout.stages) == 1:
+        return
+    from megacpp_stp.plan.stages import cut_report
+
+    report = cut_report(plan.recipe, plan.layout)
+    chosen = "chosen" if plan.recipe.parallel.stages == "auto" else "from the recipe"
+    text = f"stages: {_joined(report.stages)} blocks, {chosen}; the largest costs {report.imbalance:.3f} of the mean"
+    if report.equal_stages is None:
+        text += f" (equal counts, {report.equal_imbalance:.3f}, would leave a rank without a block that it needs)"
+    elif report.equal_stages == report.stages:
+        text += " (equal counts)"
+    else:
+        gain = report.equal_imbalance / report.imbalance - 1
+        text += (
+            f" (equal counts {_joined(report.equal_stages)}: {report.equal_imbalance:.3f}, so {gain:+.1%} by this cut)"
+        )
+    if report.best_stages is None:
+        text += "; the best cut that fits the GPU takes too long to find"
+    elif report.best_imbalance is not None and report.best_imbalance < report.imbalance:
+        text += f"; best: {_joined(report.best_stages)} with {report.best_imbalance:.3f}"
+    yield Text(text)
+
+
+def _memory(plan: RunPlan) -> Iterator[RenderableType]:
+    """Whether it fits, as far as an estimate can say."""
+    if plan.device == "cpu":
+        return
+    from megacpp_stp.plan.cost import cost_of
+    from megacpp_stp.plan.memory import GIB, H200_BYTES
+
+    cost = cost_of(plan)
+    worst = max(cost.ranks, key=lambda rank: rank.peak_bytes)
+    fits = worst.peak_bytes <= H200_BYTES
+    yield Text(
+        f"memory: about {worst.peak_bytes / GIB:.1f} GiB of {H200_BYTES / GIB:.1f} GiB (H200) on pipeline rank "
+        f"{worst.rank}{'' if fits else ': does not fit'}; `megacpp-stp memory` shows the rows",
+        style="" if fits else "red",
+    )
+
+
+def _joined(stages: tuple[int, ...]) -> str:
+    return "/".join(map(str, stages))
+
+
+def _seams(plan: RunPlan) -> Iterator[RenderableType]:
+    stand_ins = plan.layout.stand_ins()
+    for (family, seam), numbers in plan.layout.seams().items():
+        word = "stand-in" if family in stand_ins else "seam"
+        yield Text(f"{word}: family {family} at layers {' '.join(map(str, numbers))}: {seam}", style="yellow")
+
+
+def _gaps(plan: RunPlan) -> Iterator[RenderableType]:
+    for gap in plan.gaps:
+        yield Text(f"not launchable by this version: {gap.field}: {gap.what}", style="red")
 
 
 def _stp(plan: RunPlan) -> Text:
@@ -115,3 +201,22 @@ def _stp(plan: RunPlan) -> Text:
         f"stp: weight {stp.weight}, {stp.n_spans} spans a sequence, taps after layers "
         f"{' '.join(map(str, stp.taps))}; {when}"
     )
+
+
+def explain(plan: RunPlan) -> Iterator[str]:
+    """Each argument with the recipe field that asked for it, and what the field says."""
+    recipe = plan.recipe.model_dump(mode="json")
+    shown = [shlex.join(argument.tokens) for argument in plan.arguments]
+    width = max(len(text) for text in shown)
+    for text, argument in zip(shown, plan.arguments, strict=True):
+        yield f"{text.ljust(width)}  # {argument.field}{_value_of(recipe, argument.field)}"
+
+
+def _value_of(recipe: dict[str, Any], field: str) -> str:
+    """`` = value`` for a field that names one value of the recipe; else empty."""
+    node: Any = recipe
+    for key in field.split("."):
+        if not isinstance(node, dict) or key not in node:
+            return ""
+        node = node[key]
+    return "" if isinstance(node, dict) else f" = {json.dumps(node)}"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megacpp_stp.recipe.base import KEY, OWN_KEYS
+from megacpp_stp.recipe.docstrings import field_docstrings
 from megacpp_stp.recipe.schema import Recipe
 
 SCHEMA_FILE = "recipe.schema.json"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_COMPLETE, _CHANGES = "Recipe", "ChangesOf"
+_REFERENCE = "#/$defs/"
 _NO_KEY_OF_A_FILE = "overrides"  # the loader records what --set changed
 # What a key means whose name says nearly all of it, by section. A docstring in schema.py comes first.
 _MEANINGS = {
@@ -71,16 +76,21 @@ class Key:
 def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe file."""
     schema = Recipe.model_json_schema()
-    sections = schema.pop("$defs")
+    sections = {**schema.pop("$defs"), _COMPLETE: schema}
+    schema.pop("title", None)
     schema["properties"].pop(_NO_KEY_OF_A_FILE)
-    for name, section in {"Recipe": schema, **sections}.items():
+    docstrings = field_docstrings()
+    for name, section in sections.items():
         for key, node in section.get("properties", {}).items():
             # pydantic's own titles only say "Q Lora Rank" for q_lora_rank, above the description.
             node.pop("title", None)
-            meaning = _MEANINGS.get(f"{name}.{key}") or (_BLOCK if key == "block" else "")
+            place = f"{name}.{key}"
+            meaning = docstrings.get(place) or _MEANINGS.get(place) or (_BLOCK if key == "block" else "")
             if meaning:
-                node.setdefault("description", meaning)
+                node["description"] = meaning
             _strip_discriminators(node)
+            if "patternProperties" in node:
+                node["additionalProperties"] = False
         section["description"] = section.get("description", "").replace("``", "`")
         for node in section.get("properties", {}).values():
             if "description" in node:
@@ -89,10 +99,34 @@ def recipe_json_schema() -> dict[str, Any]:
         "$schema": _DIALECT,
         # Relative: the file means the same wherever a checkout lies.
         "$id": SCHEMA_FILE,
-        **schema,
         "title": "megacpp-stp recipe",
-        "$defs": sections,
+        "type": "object",
+        "if": {"required": [KEY]},
+        "then": {"$ref": f"#/$defs/{_CHANGES}{_COMPLETE}"},
+        "else": {"$ref": f"#/$defs/{_COMPLETE}"},
+        "$defs": {**sections, **_changes_only(sections)},
     }
+
+
+def _changes_only(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections once more for a file with a base, which may leave out any key but its names."""
+    changed = json.loads(json.dumps(sections).replace(_REFERENCE, _REFERENCE + _CHANGES))
+    for section in changed.values():
+        section.pop("required", None)
+        for node in section.get("properties", {}).values():
+            _any_of(node)
+    root = changed[_COMPLETE]
+    root["properties"][KEY] = {"type": "string", "description": "The complete recipe that this file changes."}
+    root["required"] = [KEY, *OWN_KEYS]
+    return {f"{_CHANGES}{name}": section for name, section in changed.items()}
+
+
+def _any_of(node: dict[str, Any]) -> None:
+    """A few keys of a block may fit several kinds of block."""
+    if "oneOf" in node:
+        node["anyOf"] = node.pop("oneOf")
+    for option in node.get("anyOf", ()):
+        _any_of(option)
 
 
 def _strip_discriminators(node: dict[str, Any]) -> None:
@@ -105,7 +139,8 @@ def _strip_discriminators(node: dict[str, Any]) -> None:
 def recipe_keys() -> tuple[Key, ...]:
     """Every key that a recipe can have, in the order of the format."""
     schema = recipe_json_schema()
-    return tuple(_keys(schema, schema["$defs"], path="", block=""))
+    sections = schema["$defs"]
+    return tuple(_keys(sections[_COMPLETE], sections, path="", block=""))
 
 
 def _keys(node: Mapping[str, Any], sections: Mapping[str, Any], *, path: str, block: str) -> Iterator[Key]:
@@ -139,6 +174,8 @@ def _kind(node: Mapping[str, Any]) -> str:
         return f"`{node['const']}`"
     if "enum" in node:
         return ", ".join(f"`{value}`" for value in node["enum"])
+    if "patternProperties" in node:
+        return "mapping of names to values"
     if node.get("type") == "array":
         return f"list of {_kind(node.get('items', {}))}"
     bounds = (

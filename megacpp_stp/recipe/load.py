@@ -5,19 +5,23 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.recipe.pattern import parse_pattern
+from megacpp_stp.recipe.base import KEY, base_of, overlay
+from megacpp_stp.recipe.pattern import PatternError, parse_pattern
 from megacpp_stp.recipe.schema import Recipe
 from megacpp_stp.recipe.yaml_loader import parse_yaml, read_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_BLOCK_TAGS = ("mla", "attention")  # pydantic puts the chosen block into the location
+# pydantic puts the chosen block into the location, and the types that it tried.
+_BLOCK_TAGS = ("mla", "attention", "mamba3", "mamba2", "m2rnn", "stand-in")
+_TRIED = ("tuple[", "literal[")
 _MOST_FINDINGS = 8
 
 
@@ -72,16 +76,31 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: Anything wrong with the file, an override or a value; the message names the field and the fix.
     """
     path = find_recipe(name_or_path)
-    data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise UserError("is not a mapping of keys to values", field=str(path), fix="start from a shipped recipe")
-    if "overrides" in data:
-        raise UserError("is not a key of a recipe file", field="overrides", fix="use --set on the command line")
+    data = _read(path)
+    if (base := base_of(data, file=path)) is not None:
+        below = _read(find_recipe(base))
+        if KEY in below:
+            raise UserError(
+                "has a base of its own, and only one step is allowed",
+                field=f"{path.name}: {KEY}",
+                value=data[KEY],
+                fix="name a complete recipe",
+            )
+        data = overlay(below, data)
     for override in overrides:
         _apply_override(data, override)
     recipe = _validate({**data, "overrides": list(overrides)}, source=path.name)
     _check_families(recipe)
     return recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise UserError("is not a mapping of keys to values", field=str(path), fix="start from a shipped recipe")
+    if "overrides" in data:
+        raise UserError("is not a key of a recipe file", field="overrides", fix="use --set on the command line")
+    return data
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -92,7 +111,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     value = parse_yaml(text, name=f"--set {path}")
     node: Any = data
     for depth, key in enumerate(keys):
-        if not isinstance(node, dict) or key not in node:
+        may_be_new = keys[:-1] == ["megatron"] and depth == 1
+        if not isinstance(node, dict) or (key not in node and not may_be_new):
             known = sorted(node) if isinstance(node, dict) else []
             close = difflib.get_close_matches(key, known, n=1)
             there = ".".join(keys[:depth]) or "the recipe"
@@ -119,9 +139,11 @@ def _explain(error: ValidationError, *, source: str) -> UserError:
     """All findings of pydantic in the reader's words, the first one as the error's field."""
     # A misspelt key shows as one unknown and one missing key: the unknown one is what the user wrote.
     items = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-    findings = []
+    findings: list[tuple[str, str, str]] = []
     for item in items:
-        where = ".".join(str(part) for part in item["loc"] if part not in _BLOCK_TAGS)
+        where = _where(item["loc"])
+        if any(earlier == where or earlier.startswith(f"{where}.") for earlier, _, _ in findings):
+            continue  # another of the types that a key can have
         problem, fix = _finding(item, where)
         findings.append((where, problem, fix))
     where, problem, fix = findings[0]
@@ -131,17 +153,36 @@ def _explain(error: ValidationError, *, source: str) -> UserError:
     return UserError(problem, field=f"{source}: {where}", fix=f"{fix or 'correct the value'}{more}")
 
 
+def _where(location: tuple[Any, ...]) -> str:
+    """The path as ``--set`` writes it."""
+    if location[:1] == ("megatron",):  # below it are no keys, only the types that pydantic tried
+        location = location[:2]
+    return ".".join(
+        str(part)
+        for part in location
+        if part not in _BLOCK_TAGS and not (isinstance(part, str) and part.startswith(_TRIED))
+    )
+
+
 def _finding(item: Any, where: str) -> tuple[str, str]:
     kind, value = item["type"], item.get("input")
     shown = repr(value) if not isinstance(value, (dict, list)) else type(value).__name__
     if kind == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        if not close and (elsewhere := _blocks_with(str(item["loc"][-1]))):
+            return "is no key of this block", f"it belongs to {elsewhere}; remove it here"
         return "unknown key", f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
     if kind == "missing":
         return "is missing", f"add {where}: a recipe is complete, nothing has a hidden default"
     if kind == "union_tag_not_found":
         return "has no 'block'", "say which block it is"
+    if item["loc"][-1:] == ("[key]",):
+        return "is no option of Megatron", "use its name without the dashes in front, as log-throughput"
+    if where.startswith("megatron."):
+        return f"is no value of an option (got {shown})", "use text, a number, a list of those, or true for no value"
+    if where == "parallel.stages":
+        return f"is no list of numbers (got {shown})", "write the number of blocks of each stage, or auto"
     problem = f"{item['msg'][0].lower()}{item['msg'][1:]} (got {shown})"
     if isinstance(value, str) and kind in ("int_type", "float_type") and _is_number(value):
         return problem, "write a plain number, without quotes"
@@ -155,9 +196,14 @@ def _is_number(text: str) -> bool:
         return False
 
 
+@cache
+def _schema() -> dict[str, Any]:
+    return Recipe.model_json_schema()
+
+
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """The keys of the section at `location`, found through the schema."""
-    schema = Recipe.model_json_schema()
+    schema = _schema()
     node: Any = schema
     for part in location:
         while "$ref" in node:
@@ -174,6 +220,26 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     return sorted(key for key in node.get("properties", {}) if key != "overrides")
 
 
+def _blocks_with(key: str) -> str:
+    """The families and blocks that have a key, in words; empty when none does."""
+    found = []
+    sections = _schema()["$defs"]
+    for family, node in sections["Families"]["properties"].items():
+        for section in _sections(node):
+            definition = sections[section]["properties"]
+            if key in definition:
+                found.append(f"family {family} with block {definition['block']['const']}")
+    return " and ".join(found)
+
+
+def _sections(node: Any) -> Iterator[str]:
+    """Names of the sections that a key of the schema can hold."""
+    if "$ref" in node:
+        yield node["$ref"].rsplit("/", 1)[1]
+    for option in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+        yield from _sections(option)
+
+
 def _check_families(recipe: Recipe) -> None:
     """The pattern is valid, and the families described are exactly those that it has."""
     pattern = parse_pattern(recipe.model.pattern, depth=recipe.model.depth)
@@ -181,8 +247,10 @@ def _check_families(recipe: Recipe) -> None:
         described = getattr(recipe.model.families, family) is not None
         field = f"model.families.{family}"
         if count and not described:
-            raise UserError(
+            raise PatternError(
                 f"the pattern has {count} {family} blocks, but what they are is not said",
+                pattern=recipe.model.pattern,
+                position=recipe.model.pattern.index(family),
                 field=field,
                 fix=f"describe family {family}",
             )

@@ -19,12 +19,12 @@ RESERVED = "C"
 class PatternError(UserError):
     """A pattern that is not one; the message shows a caret under the character."""
 
-    def __init__(self, problem: str, *, pattern: str, position: int, fix: str) -> None:
+    def __init__(self, problem: str, *, pattern: str, position: int, fix: str, field: str = "model.pattern") -> None:
         self.pattern = pattern
         self.position = position
         shown = pattern.translate(dict.fromkeys((*range(32), 127), "�"))
         caret = f"\n    {shown}\n    {' ' * position}^"
-        super().__init__(problem + caret, field="model.pattern", fix=fix)
+        super().__init__(problem + caret, field=field, fix=fix)
 
 
 @dataclass(frozen=True, slots=True)

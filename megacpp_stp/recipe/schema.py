@@ -1,103 +1,64 @@
-"""The typed form of a recipe file. Every key is listed here; an unknown one is an error."""
+"""The typed form of a recipe file. Every key is listed here and in `blocks`; an unknown one is an error."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0, lt=2**53)]  # what JSON carries exactly
-NonNegative = Annotated[int, Field(ge=0, lt=2**53)]
-Rate = Annotated[float, Field(ge=0.0)]
+from megacpp_stp.recipe.blocks import (
+    Attention,
+    Families,
+    M2rnn,
+    Mamba2,
+    Mamba3,
+    Mla,
+    Moe,
+    Router,
+    Sparse,
+    StandIn,
+)
+from megacpp_stp.recipe.section import NonNegative, Positive, Rate, Section
+
+__all__ = [
+    "Attention",
+    "Families",
+    "M2rnn",
+    "Mamba2",
+    "Mamba3",
+    "Mla",
+    "Moe",
+    "Mtp",
+    "Recipe",
+    "Router",
+    "Sparse",
+    "StandIn",
+]
+
+OptionName = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+OptionText = Annotated[str, Field(pattern=r"^[^\x00-\x1f-][^\x00-\x1f]*$")]
+OptionValue = bool | int | float | OptionText | tuple[int | float | OptionText, ...]
 Iterations = Annotated[int, Field(gt=0, lt=2**31)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class Mla(_Section):
-    """A: multi-head latent attention, Megatron's ``+``."""
-
-    block: Literal["mla"]
-    q_lora_rank: Positive
-    """Rank of the query's down-projection."""
-    kv_lora_rank: Positive
-    """Rank of the joint key/value down-projection."""
-    qk_head_dim: Positive
-    """Query and key width a head, without the rotary part."""
-    qk_pos_emb_head_dim: Positive
-    """Rotary width a head."""
-    v_head_dim: Positive
-    """Value width a head."""
-
-
-class Attention(_Section):
-    """A: grouped-query attention, Megatron's ``*``."""
-
-    block: Literal["attention"]
-    head_dim: Positive
-    """Width of one head."""
-    kv_groups: Positive
-    """Key/value groups; equal to model.heads for plain multi-head attention."""
-
-
-class Router(_Section):
-    """How an expert layer routes its tokens."""
-
-    score_function: Literal["softmax", "sigmoid"]
-    expert_bias: bool
-    """Auxiliary-loss-free balancing through a per-expert bias (needs sigmoid)."""
-    aux_loss_coeff: Rate
-    """Coefficient of the load-balancing loss; 0 leaves it out."""
-    z_loss_coeff: Rate
-    """Coefficient of the router z-loss; 0 leaves it out."""
-
-
-class Moe(_Section):
-    """E: mixture of experts, Megatron's ``E``."""
-
-    block: Literal["moe"]
-    experts: Positive
-    topk: Positive
-    ffn_hidden_size: Positive
-    """Hidden width of one routed expert."""
-    shared_ffn_hidden_size: NonNegative
-    """Hidden width of the shared expert; 0 for none."""
-    router: Router
-
-
-class StandIn(_Section):
-    """A family whose real mixer does not exist on this path yet, and what runs in its place.
-
-    Never implied: a recipe asks for it by name, and the plan, argv and receipt repeat it.
-    """
-
-    block: Literal["stand-in"]
-    runs: Literal["mlp"]
-    """What runs instead: a dense MLP of model.ffn_hidden_size, Megatron's ``-``."""
-    instead_of: Literal["mamba3", "m2rnn"]
-    """The block that the family stands for."""
-
-
-class Families(_Section):
-    """What each letter of the pattern is. A letter that the pattern has must be here; one that it lacks must not."""
-
-    A: Annotated[Mla | Attention, Field(discriminator="block")] | None = None
-    M: StandIn | None = None
-    E: Moe | None = None
-    R: StandIn | None = None
-
-
-class Rope(_Section):
+class Rope(Section):
     """Rotary position embedding."""
 
     base: Positive
 
 
-class Model(_Section):
+class Mtp(Section):
+    """Multi-token prediction: depths after the last layer, each predicting one token further. Off by default."""
+
+    depths: Positive
+    """How many tokens further."""
+    pattern: Annotated[str, Field(pattern=r"^[A-Z]+$")]
+    """Blocks of one depth, in letters A and E."""
+    loss_coeff: Annotated[float, Field(gt=0.0)]
+    """Factor of the mean loss over the depths."""
+
+
+class Model(Section):
     """The network."""
 
     pattern: str
@@ -118,11 +79,13 @@ class Model(_Section):
     tie_embeddings: bool
     rope: Rope
     families: Families
-    backend: Literal["torch"]
-    """Whose modules: "torch" needs no Transformer Engine and runs on CPU and GPU."""
+    mtp: Mtp | None
+    """null: no multi-token prediction."""
+    backend: Literal["torch", "te"]
+    """Whose modules: "te" is Transformer Engine's, for production; "torch" needs none of it and runs on CPU and GPU."""
 
 
-class Stp(_Section):
+class Stp(Section):
     """Semantic Tube Prediction, the trajectory-straightness loss."""
 
     weight: Rate
@@ -137,7 +100,7 @@ class Stp(_Section):
     """Key of the triple sampler; Megatron's random streams are not touched."""
 
 
-class Parallel(_Section):
+class Parallel(Section):
     """Sizes of the parallel groups. The data-parallel size follows from the world size."""
 
     tensor: Positive
@@ -147,11 +110,20 @@ class Parallel(_Section):
     context: Positive
     expert: Positive
     sequence_parallel: bool
-    stages: tuple[Positive, ...]
-    """Blocks on each stage, in order: pipeline x virtual numbers that add up to model.depth."""
+    stages: tuple[Positive, ...] | Literal["auto"]
+    """Blocks on each stage, in order: pipeline x virtual numbers that add up to model.depth; or auto: the best cut."""
 
 
-class Training(_Section):
+class Recompute(Section):
+    """Activations that are computed again in the backward pass instead of being kept."""
+
+    granularity: Literal["selective", "full"]
+    """selective: inside the listed modules; full: whole layers."""
+    modules: tuple[Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"], ...]
+    """For selective: Megatron's names. Empty for full."""
+
+
+class Training(Section):
     """The loop."""
 
     iterations: Iterations
@@ -164,9 +136,11 @@ class Training(_Section):
     eval_interval: Positive
     eval_iterations: NonNegative
     """Batches an evaluation; 0 for none."""
+    recompute: Recompute | None
+    """null: everything is kept."""
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """Adam, and its schedule."""
 
     lr: Annotated[float, Field(gt=0.0)]
@@ -181,9 +155,13 @@ class Optimizer(_Section):
     """Largest global gradient norm; 0 for none."""
     distributed: bool
     """Shard the optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool
+    """Gather updated weights while the forward pass runs (needs distributed and overlap_grad_reduce)."""
 
 
-class Data(_Section):
+class Data(Section):
     """Where tokens come from."""
 
     path: Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
@@ -192,21 +170,21 @@ class Data(_Section):
     """DataLoader worker processes a rank."""
 
 
-class Launch(_Section):
+class Launch(Section):
     """The world that the recipe is for."""
 
     nodes: Positive
     processes_per_node: Positive
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One complete recipe, resolved: the object that is planned, hashed and stored."""
 
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     title: str
-    provenance: Literal["sourced", "project-defined"]
-    """Whether the architecture is published, or this project's own choice."""
+    provenance: Literal["sourced", "partly-sourced", "project-defined"]
+    """Whether the architecture is published, published in part, or this project's own choice; docs/family.md."""
     model: Model
     stp: Stp | None
     """null: no STP at all, no tap, no measurement."""
@@ -215,5 +193,7 @@ class Recipe(_Section):
     optimizer: Optimizer
     data: Data
     launch: Launch
+    megatron: dict[OptionName, OptionValue]
+    """Options of Megatron that no other key stands for, by name without dashes; true for one without a value."""
     overrides: tuple[str, ...] = ()
     """What ``--set`` changed, in order. Recorded by the loader; not a key of the file."""

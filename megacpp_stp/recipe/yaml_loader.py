@@ -44,6 +44,12 @@ class _StrictLoader(yaml.SafeLoader):
         self._nesting -= 1
         return node
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise _located("half of a surrogate pair is no text", node.start_mark, fix="write the character itself")
+        return text
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first_line: dict[Any, int] = {}
         for key_node, _ in node.value:
@@ -114,6 +120,8 @@ def parse_yaml(text: str, *, name: str) -> Any:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         fix = "mend the YAML there"
+        if error.problem and "mapping values are not allowed" in error.problem:
+            fix = "put quotes around text that has a colon and a space in it"
         if "alias" in (error.context or ""):
             fix = 'an unquoted * starts a YAML alias: put quotes around a value that starts with *, as in "*E*E"'
         raise UserError(f"{where}{error.problem or error.context}", field=name, fix=fix) from None

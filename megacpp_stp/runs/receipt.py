@@ -82,7 +82,10 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     recipe, layout, argv = plan["recipe"], plan["layout"], plan["argv"]
     spec = argv.index("--spec")
     experts = recipe["model"]["families"]["E"]
-    stand_ins = {str(layer["number"]): layer["seam"] for layer in layout["layers"] if layer["seam"]}
+    attention = recipe["model"]["families"]["A"]
+    sparse = attention.get("sparse") if attention else None
+    stand_ins = {str(layer["number"]): layer["seam"] for layer in layout["layers"] if _stands_in(layer)}
+    seams = {str(layer["number"]): layer["seam"] for layer in layout["layers"] if layer["seam"]}
     return {
         "plan_digest": plan["digest"],
         "recipe": {"name": recipe["name"], "provenance": recipe["provenance"], "overrides": recipe["overrides"]},
@@ -91,12 +94,14 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
             "source": layout["source_pattern"],
             "megatron": layout["megatron_pattern"],
             "stand_ins": stand_ins,
+            "seams": {number: seam for number, seam in seams.items() if number not in stand_ins},
         },
         "auxiliary_losses": {
             "stp": recipe["stp"],
             "moe_load_balancing": experts["router"]["aux_loss_coeff"] if experts else None,
             "moe_z_loss": experts["router"]["z_loss_coeff"] if experts else None,
-            "mtp": None,
+            "mtp": recipe["model"]["mtp"],
+            "dsa_indexer": sparse["loss_coeff"] if sparse else None,
         },
         "topology": {
             "world_size": plan["world_size"],
@@ -111,6 +116,11 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
         "data": None,
         "parameters": None,
     }
+
+
+def _stands_in(layer: Mapping[str, Any]) -> bool:
+    """Whether a dense MLP runs there in another block's place."""
+    return bool(layer["seam"]) and layer["kind"] == "mlp"
 
 
 def read_receipt(directory: Path) -> dict[str, Any]:

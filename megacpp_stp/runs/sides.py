@@ -8,7 +8,7 @@ from typing import Any
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import PLAN_FORMAT, Device, build_plan, plan_digest
-from megacpp_stp.plan.diff import Side, value_at
+from megacpp_stp.plan.facts import Side, value_at
 from megacpp_stp.recipe import find_recipe, list_recipes, load_recipe
 from megacpp_stp.runs.files import PLAN, read_json, shown
 from megacpp_stp.runs.receipt import RECEIPT_VERSION

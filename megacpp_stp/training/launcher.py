@@ -71,6 +71,7 @@ class Launch:
         Raises:
             UserError: What is missing or does not fit.
         """
+        require_runnable(self.plan)
         require_train_extra()
         if self.plan.recipe.launch.nodes != 1:
             raise UserError(
@@ -153,6 +154,22 @@ def resolve_device(choice: str, *, processes: int) -> tuple[Device, str]:
     if gpus >= processes:
         return "cuda", f"{gpus} GPUs for {processes} processes"
     return "cpu", f"{gpus} GPUs for {processes} processes"
+
+
+def require_runnable(plan: RunPlan) -> None:
+    """Refuse a plan of which this version cannot run a part.
+
+    Raises:
+        UserError: The first gap, with all others in its message.
+    """
+    if plan.gaps:
+        first, *rest = plan.gaps
+        more = "".join(f"\n  also: {gap.field}: {gap.what}" for gap in rest)
+        raise UserError(
+            f"can be planned and checked, but not launched by this version: {first.what}",
+            field=first.field,
+            fix=f"launch a recipe that `megacpp-stp plan` shows without gaps, such as nam56r-tiny{more}",
+        )
 
 
 def require_train_extra() -> None:

@@ -21,6 +21,7 @@ from megacpp_stp.plan.build import RunPlan
 _REFUSED = "megacpp-stp: upstream refuses: "
 _VERDICT = "megacpp-stp: upstream verdict: "
 _TIMEOUT_S = 300
+_HOPPER = (9, 0)  # compute capability of the H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,26 +102,36 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0 with what validation changed on stdout, or 1 with upstream's reason on stderr.
     """
+    from megatron.training import arguments
     from megatron.training.argument_utils import hybrid_config_from_args
-    from megatron.training.arguments import parse_args, validate_args
 
     from megacpp_stp.training.arguments import add_nam_arguments
 
     sys.argv[1:] = argv
+    _answer_for_an_h200(arguments)
     try:
-        args = parse_args(extra_args_provider=add_nam_arguments)
+        args = arguments.parse_args(extra_args_provider=add_nam_arguments)
         before = _texts(args)
-        validate_args(args)
+        arguments.validate_args(args)
         after = _texts(args)
         # What the tokenizer would set; the launcher has compared it with the recipe.
         args.padded_vocab_size = args.padded_vocab_size or args.make_vocab_size_divisible_by
         hybrid_config_from_args(args)
+        options = _options(argv)
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or _failed_line(error)
         print(f"{_REFUSED}{reason}", file=sys.stderr)
         return 1
-    print(_VERDICT + json.dumps(_changes(before, after, options=_options(argv))))
+    print(_VERDICT + json.dumps(_changes(before, after, options=options)))
     return 0
+
+
+def _answer_for_an_h200(arguments: Any) -> None:
+    """Upstream asks the GPU for its generation. This process needs none, lives for one answer and builds nothing."""
+    import torch
+
+    arguments.get_device_arch_version = lambda: _HOPPER[0]
+    torch.cuda.get_device_capability = lambda device=None: _HOPPER
 
 
 def _texts(args: Any) -> dict[str, str]:
@@ -141,7 +152,14 @@ def _options(argv: Sequence[str]) -> dict[str, str]:
 
     parser = add_nam_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     given = {token.split("=", 1)[0] for token in argv}
-    return {action.dest: option for action in parser._actions for option in action.option_strings if option in given}
+    found: dict[str, str] = {}
+    for action in parser._actions:
+        for option in action.option_strings:
+            if option in given:
+                if action.dest in found:
+                    raise ValueError(f"{found[action.dest]} and {option} set the same value")
+                found[action.dest] = option
+    return found
 
 
 def _changes(before: dict[str, str], after: dict[str, str], *, options: dict[str, str]) -> list[dict[str, str]]:

@@ -10,12 +10,23 @@ from typing import Any
 import pytest
 
 from megacpp_stp.plan.argv import emit
-from megacpp_stp.plan.lowering import lower
+from megacpp_stp.plan.lowering import HybridPlan, lower
 from megacpp_stp.plan.parameters import Part, parts
+from megacpp_stp.plan.stages import choose_stages
 from megacpp_stp.recipe import load_recipe
+from megacpp_stp.recipe.schema import Recipe
 from tests.parity._gloo import Layout, run_ranks
+from tests.recipes import STAND_INS
 
-GQA = "model.families.A={block: attention, head_dim: 48, kv_groups: 2}"
+GQA = "model.families.A={block: attention, head_dim: 48, kv_groups: 2, dense_mlp: false}"
+SPARSE = "model.families.A.sparse={ranks: [0, 2], indexer_heads: 2, indexer_head_dim: 24, topk: 16, loss_coeff: 0.01}"
+MAMBA3 = (
+    "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 16, "
+    "complex_rotation: false}"
+)
+M2RNN = "model.families.R={block: m2rnn, heads: 6, key_dim: 16, value_dim: 8, conv_kernel: 3, checkpoint_every: 16}"
+PREDICTION = "model.mtp={depths: 2, pattern: AE, loss_coeff: 0.3}"
+DENSE_MLP = "model.families.A.dense_mlp=true"
 ONE_STAGE = ("parallel.pipeline=1", "parallel.stages=[12]")
 NO_SHARED_EXPERT = "model.families.E.shared_ffn_hidden_size=0"
 ON_ONE_RANK = {
@@ -23,13 +34,22 @@ ON_ONE_RANK = {
     "swiglu": ("model.activation=swiglu",),
     "gelu": ("model.activation=gelu",),
     "grouped-query attention": (GQA,),
-    "multi-head attention": ("model.families.A={block: attention, head_dim: 32, kv_groups: 4}",),
+    "multi-head attention": ("model.families.A={block: attention, head_dim: 32, kv_groups: 4, dense_mlp: false}",),
     "tied": ("model.tie_embeddings=true",),
     "no shared expert, swiglu": (NO_SHARED_EXPERT, "model.activation=swiglu"),
     "one expert a token": ("model.families.E.topk=1", "model.families.E.experts=8"),
     "padded vocabulary": ("model.vocab_size=4000",),
     "no expert bias": ("model.families.E.router.expert_bias=false",),
     "no experts": ("model.pattern=AMAR", "model.families.E=null"),
+    "sparse attention": (SPARSE,),
+    "sparse attention, prediction": (SPARSE, PREDICTION),
+    "prediction, tied": (PREDICTION, "model.tie_embeddings=true"),
+    "prediction of a dense layer": (DENSE_MLP, "model.mtp={depths: 1, pattern: A, loss_coeff: 0.3}"),
+    "dense layers in attention blocks": (DENSE_MLP, "stp.taps=[6,15]"),
+    "mamba3": (MAMBA3,),
+    "mamba3, rotated": (MAMBA3.replace("false", "true"), "model.families.M.state_dim=22"),
+    "m2rnn": (M2RNN,),
+    "both recurrent": (MAMBA3, M2RNN),
     "small heads": ("model.families.A.qk_pos_emb_head_dim=2", "model.families.A.v_head_dim=8"),
 }
 VIRTUAL = ("parallel.virtual=2", "parallel.stages=[2,5,3,2]")
@@ -57,10 +77,16 @@ def built(pipeline: int, virtual: int | None, variants: list[list[str]], vocab_s
 
 
 def parsed(argv: list[str], vocab_size: int) -> Any:
-    """Megatron's own way from arguments to a model configuration."""
+    """Megatron's own way from arguments to a model configuration; with a spec that has all layers of its pattern."""
     from megatron.training.argument_utils import hybrid_config_from_args
 
-    return hybrid_config_from_args(parsed_arguments(argv, vocab_size))
+    args = parsed_arguments(argv, vocab_size)
+    config = hybrid_config_from_args(args)
+    if set(args.hybrid_layer_pattern) & set("DM/"):
+        from tests.parity.whole_spec import whole_spec
+
+        config.hybrid_stack_spec = whole_spec(args)
+    return config
 
 
 def parsed_arguments(argv: list[str], vocab_size: int) -> Any:
@@ -85,8 +111,17 @@ def chunk_weights(chunk: Any) -> Counter[tuple[str, str]]:
         for name, parameter in layer.named_parameters():
             found[f"layer {layer.layer_number}", name] += parameter.numel()
     for name, parameter in chunk.named_parameters():
-        if "decoder.layers." not in name:
-            found["embedding" if name.startswith("embedding") else "output", name] += parameter.numel()
+        if name.startswith("mtp."):
+            _, _, depth, *rest = name.split(".")
+            part = f"mtp {int(depth) + 1}"
+            if rest[0] == "mtp_model_layer":
+                part += f" layer {int(rest[2]) + 1}"
+                rest = rest[3:]
+            found[part, ".".join(rest)] += parameter.numel()
+        elif name.startswith("embedding"):
+            found["embedding" if chunk.pre_process else "mtp 1", name] += parameter.numel()
+        elif "decoder.layers." not in name:
+            found["output", name] += parameter.numel()
     return found
 
 
@@ -113,13 +148,17 @@ def as_planned(weights: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
     return merged
 
 
+def lowered(recipe: Recipe) -> HybridPlan:
+    return lower(recipe, stages=choose_stages(recipe))
+
+
 def compare(variants: dict[str, tuple[str, ...]], layout: Layout, *, data: int = 1) -> None:
     world = layout.pipeline * layout.tensor * data
     recipes = {
-        name: load_recipe("nam56r-tiny", (f"launch.processes_per_node={world}", *overrides))
+        name: load_recipe(STAND_INS, (f"launch.processes_per_node={world}", *overrides))
         for name, overrides in variants.items()
     }
-    layouts = {name: lower(recipe) for name, recipe in recipes.items()}
+    layouts = {name: lowered(recipe) for name, recipe in recipes.items()}
     argvs = [
         [token for argument in emit(recipe, layouts[name], device="cpu") for token in argument.tokens]
         for name, recipe in recipes.items()
@@ -140,11 +179,14 @@ def test_every_weight_on_one_rank():
 
 
 def test_every_weight_on_each_pipeline_rank():
-    compare({"as it is": (), "tied": ("model.tie_embeddings=true",)}, Layout(pipeline=2))
+    tied = "model.tie_embeddings=true"
+    variants = {"as it is": (), "tied": (tied,), "prediction": (PREDICTION,), "prediction, tied": (PREDICTION, tied)}
+    compare(variants, Layout(pipeline=2))
 
 
 def test_every_weight_over_virtual_stages():
-    compare({"uneven": VIRTUAL, "tied": ("model.tie_embeddings=true", *VIRTUAL)}, Layout(pipeline=2, virtual=2))
+    variants = {"uneven": (), "tied": ("model.tie_embeddings=true",), "prediction": (PREDICTION,)}
+    compare({name: (*VIRTUAL, *more) for name, more in variants.items()}, Layout(pipeline=2, virtual=2))
 
 
 @pytest.mark.parametrize(
@@ -156,5 +198,11 @@ def test_every_weight_over_virtual_stages():
     ids=["tensor", "expert"],
 )
 def test_every_weight_cut_over_a_group(layout, data, overrides):
-    variants = {"as it is": (*ONE_STAGE, *overrides), "attention": (*ONE_STAGE, *overrides, GQA)}
-    compare(variants, layout, data=data)
+    variants = {
+        "as it is": (),
+        "attention": (GQA,),
+        "sparse attention, prediction": (SPARSE, PREDICTION),
+        "both recurrent": (MAMBA3, M2RNN),
+        "rotated": (MAMBA3.replace("false", "true"),),
+    }
+    compare({name: (*ONE_STAGE, *overrides, *more) for name, more in variants.items()}, layout, data=data)

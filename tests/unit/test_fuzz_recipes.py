@@ -1,6 +1,7 @@
 """Whatever a recipe file or ``--set`` holds ends in a plan or in our own error."""
 
 import copy
+import io
 import json
 import random
 
@@ -8,9 +9,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
+from megacpp_stp.plan.cost import cost_of
+from megacpp_stp.plan.render import explain, print_plan
 from megacpp_stp.recipe import find_recipe, load_recipe
 from megacpp_stp.recipe.yaml_loader import read_yaml
 
@@ -31,7 +35,8 @@ def paths_of(node, path=()):
             yield from paths_of(node[key], (*path, key))
 
 
-PATHS = list(paths_of(TINY))
+LARGE = read_yaml(find_recipe("nam56r-pp2-vpp2"))  # every real kind of block, and the search for a cut
+PATHS, LARGE_PATHS = list(paths_of(TINY)), list(paths_of(LARGE))
 # Pieces that mean something to YAML, to the pattern or to Megatron, so that text gets past the first check.
 FRAGMENTS = [
     *TINY_TEXT.splitlines(keepends=True)[:40],
@@ -65,6 +70,7 @@ HOSTILE = [
         "x",
         "*E",
         "AEMEAEMEAEMR",
+        "auto",
         "A" * 10_000,
         "\0",
         "\x1b[2J",
@@ -127,9 +133,13 @@ def bounded_memory():
 
 
 def ends_well(name, overrides=()):
-    """Plan it; anything but a plan or our own error propagates."""
+    """Plan it, count it and print it; anything but a plan or our own error propagates."""
     try:
-        plan = build_plan(load_recipe(str(name), overrides), device="cpu")
+        recipe = load_recipe(str(name), overrides)
+        plan = build_plan(recipe, device="cpu" if recipe.model.backend == "torch" else "cuda")
+        json.dumps(cost_of(plan).as_dict(), allow_nan=False)
+        print_plan(plan, Console(file=io.StringIO()))
+        assert list(explain(plan))
     except UserError as error:
         assert str(error)
         assert error.field
@@ -218,18 +228,19 @@ def mutated(recipe, mutations):
     return recipe
 
 
+@pytest.mark.parametrize(("base", "paths"), [(TINY, PATHS), (LARGE, LARGE_PATHS)], ids=["tiny", "large"])
 @pytest.mark.parametrize("examples", EFFORT)
-def test_any_mutation_of_the_tiny_recipe(examples, tmp_path):
+def test_any_mutation_of_a_recipe(examples, base, paths, tmp_path):
     path = tmp_path / "x.yaml"
     one = st.tuples(
-        st.sampled_from(PATHS),
+        st.sampled_from(paths),
         st.sampled_from(["delete", "duplicate", "retype", "replace"]),
         hostile_values,
         st.integers(0, 9),
     )
 
     def property_(mutations):
-        recipe = mutated(TINY, mutations)
+        recipe = mutated(base, mutations)
         text = yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False)
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         ends_well(path)
@@ -245,6 +256,17 @@ def test_every_single_deletion_and_replacement(tmp_path):
         for what, value in (("delete", None), ("replace", kinds.choice(HOSTILE))):
             path.write_text(json.dumps(mutated(TINY, [(place, what, value, 0)])), encoding="utf-8")
             ends_well(path)
+
+
+@pytest.mark.parametrize("examples", EFFORT)
+def test_any_text_as_a_pattern(examples):
+    letters = st.text(alphabet="AEMRCaemr|*+-/DG ", max_size=60) | st.text(max_size=20)
+
+    def property_(drawn):
+        text, depth = drawn
+        ends_well("nam56r", [f"model.pattern={json.dumps(text)}", f"model.depth={depth}", "parallel.stages=auto"])
+
+    check(st.tuples(letters, st.integers(-1, 120)), property_, examples=examples)
 
 
 @pytest.mark.parametrize("examples", EFFORT)

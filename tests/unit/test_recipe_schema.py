@@ -28,8 +28,11 @@ ANNOTATIONS = {"$schema", "$id", "$defs", "title", "description", "default"}
 
 def problems(value, node, root, where="recipe"):
     """The part of JSON Schema that our schema uses; a keyword that is not known here is a failure."""
-    unknown = node.keys() - ANNOTATIONS - CHECKS.keys() - {"required", "additionalProperties"}
+    unknown = node.keys() - ANNOTATIONS - CHECKS.keys() - {"additionalProperties", "if", "then", "else"}
     assert not unknown, unknown
+    if "if" in node:
+        chosen = node["else"] if problems(value, node["if"], root, where) else node["then"]
+        return problems(value, chosen, root, where)
     return [found for word, check in CHECKS.items() if word in node for found in check(value, node, root, where)]
 
 
@@ -42,15 +45,28 @@ def of_type(value, node, root, where):
 def properties(value, node, root, where):
     if not isinstance(value, dict):
         return
-    for key in node.get("required", ()):
-        if key not in value:
-            yield f"{where}.{key}: missing"
     assert node["additionalProperties"] is False
     for key, item in value.items():
         if key not in node["properties"]:
             yield f"{where}.{key}: unknown"
         else:
             yield from problems(item, node["properties"][key], root, f"{where}.{key}")
+
+
+def required(value, node, root, where):
+    for key in node["required"] if isinstance(value, dict) else ():
+        if key not in value:
+            yield f"{where}.{key}: missing"
+
+
+def named(value, node, root, where):
+    """patternProperties, with one pattern for all."""
+    ((pattern, inside),) = node["patternProperties"].items()
+    assert node["additionalProperties"] is False
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if not re.search(pattern, key):
+            yield f"{where}.{key}: unknown"
+        yield from problems(item, inside, root, f"{where}.{key}")
 
 
 def items(value, node, root, where):
@@ -82,6 +98,8 @@ def bound(word, holds):
 CHECKS = {
     "type": of_type,
     "properties": properties,
+    "required": required,
+    "patternProperties": named,
     "items": items,
     "$ref": reference,
     "anyOf": alternatives("anyOf", bool),
@@ -142,7 +160,7 @@ def test_every_key_is_explained():
 
 def test_meanings_are_of_keys_that_exist():
     schema = recipe_json_schema()
-    sections = {"Recipe": schema, **schema["$defs"]}
+    sections = schema["$defs"]
     for place in _MEANINGS:
         section, key = place.split(".")
         assert key in sections[section]["properties"], place
@@ -164,12 +182,12 @@ def test_every_key_of_a_shipped_recipe_is_in_the_table():
 
 def test_the_schema_is_for_files_and_names_no_host():
     schema = recipe_json_schema()
-    assert "overrides" not in schema["properties"]
+    assert "overrides" not in schema["$defs"]["Recipe"]["properties"]
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     rest = json.dumps({key: value for key, value in schema.items() if key != "$schema"})
     assert "://" not in rest
     assert "/" not in schema["$id"]
-    for section in (schema, *schema["$defs"].values()):
+    for section in schema["$defs"].values():
         assert section["additionalProperties"] is False
 
 
@@ -185,6 +203,13 @@ def test_the_schema_is_for_files_and_names_no_host():
         ("model.depth", True),
         ("model.families.A.block", "foo"),
         ("model.families.A.head_dim", 3),
+        ("model.families.M.block", "mamba4"),
+        ("parallel.stages", "by hand"),
+        ("parallel.stages", [0]),
+        ("megatron", {"log_throughput": True}),
+        ("megatron", {"log-throughput": None}),
+        ("megatron", {"log-throughput": "--x"}),
+        ("training.recompute", {"granularity": "selective", "modules": ["all"]}),
         ("training.precision", "fp8"),
         ("optimizer.beta1", 1.0),
         ("name", "Not A Name"),
@@ -204,6 +229,16 @@ def test_the_schema_and_the_loader_refuse_the_same(tmp_path, path, value):
     file.write_text(json.dumps(recipe))
     with pytest.raises(UserError):
         load_recipe(str(file))
+
+
+def test_a_file_with_a_base_may_leave_keys_out_and_no_more():
+    child = {"base": "nam56r-tiny", "name": "x", "title": "y", "stp": {"weight": 0.5}}
+    assert finds(child) == []
+    assert finds({**child, "model": {"families": {"A": {"dense_mlp": True}}}}) == []
+    assert finds({**child, "stp": {"wieght": 0.5}})
+    assert finds({**child, "stp": {"weight": "heavy"}})
+    assert finds({key: value for key, value in child.items() if key != "title"})
+    assert finds({key: value for key, value in child.items() if key != "base"})
 
 
 def test_no_stp_fits_both(tmp_path):

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from megacpp_stp.cli.diff import diff_command
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
-from megacpp_stp.plan.diff import DIFFERENT, Side
+from megacpp_stp.plan.diff import DIFFERENT
+from megacpp_stp.plan.facts import Side
 from megacpp_stp.recipe import find_recipe, load_recipe
 
 TINY = find_recipe("nam56r-tiny").read_text()

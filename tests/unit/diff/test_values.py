@@ -2,7 +2,9 @@
 
 import pytest
 
+from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.diff import DIFFERENT, EQUAL, EQUAL_IN_EFFECT, GROUPS, compare
+from megacpp_stp.recipe import load_recipe
 from tests.unit.diff.sides import PLAN, TINY, diff, sealed, side, write
 
 
@@ -18,8 +20,8 @@ from tests.unit.diff.sides import PLAN, TINY, diff, sealed, side, write
         (
             ["parallel.stages=[7, 5]"],
             {
-                "parallel.stages": ("topology", [6, 6], [7, 5]),
-                "layout.megatron_pattern": ("topology", "+E-E+E|-E+E--", "+E-E+E-|E+E--"),
+                "parallel.stages": ("topology", [8, 4], [7, 5]),
+                "layout.megatron_pattern": ("topology", "+EMEDEME|DEMM", "+EMEDEM|EDEMM"),
             },
         ),
         (
@@ -169,3 +171,16 @@ def test_a_recipe_section_named_like_a_part_of_the_plan_is_not_lost():
     recipe = {**PLAN["recipe"], "patches": {"x": 1}}
     result = compare(side(plan=PLAN), side(plan=sealed(PLAN, recipe=recipe)))
     assert [(item.group, item.path) for item in result.differences] == [("patches", "recipe.patches.x")]
+
+
+def test_an_automatic_cut_equals_the_same_cut_written_out():
+    chosen = build_plan(load_recipe("nam56r-pp2-vpp2"))
+    stages = list(chosen.layout.stages)
+    written = build_plan(load_recipe("nam56r-pp2-vpp2", [f"parallel.stages={stages}"]))
+    found = compare(side(plan=chosen.as_dict()), side(plan=written.as_dict()))
+    assert found.verdict == EQUAL_IN_EFFECT
+    stages[0], stages[1] = stages[0] + 1, stages[1] - 1
+    other = build_plan(load_recipe("nam56r-pp2-vpp2", [f"parallel.stages={stages}"]))
+    found = compare(side(plan=chosen.as_dict()), side(plan=other.as_dict()))
+    assert found.verdict == DIFFERENT
+    assert "parallel.stages" in [item.path for item in found.differences]
