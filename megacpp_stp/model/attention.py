@@ -162,27 +162,7 @@ class TorchMLASelfAttention(MLASelfAttention):
     """
 
     def __init__(self, config: MLATransformerConfig, *args: object, **kwargs: object) -> None:
-        if config.q_lora_rank is None:
-            raise BuildError(
-                "the torch backend has MLA with a query latent only",
-                field="--q-lora-rank",
-                fix="set --q-lora-rank",
-            )
-        if not config.qk_layernorm:
-            raise BuildError(
-                "MLA without it has no norm on its latents, unlike DeepSeek's",
-                field="--qk-layernorm",
-                value=False,
-                fix="pass --qk-layernorm",
-            )
-        if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
-            # finalize_model_grads picks "q_layernorm" by name and sums it over the tensor-parallel group; the
-            # latent is whole on every rank there, so the sum would be the gradient times the group's size.
-            raise BuildError(
-                "MLA's query norm gets a wrong gradient under tensor parallelism without sequence parallelism",
-                field="--sequence-parallel",
-                fix="pass --sequence-parallel",
-            )
+        refuse_latent_attention(config)
         super().__init__(config, *args, **kwargs)
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,6 +176,38 @@ class TorchMLASelfAttention(MLASelfAttention):
             whole = gather_from_tensor_model_parallel_region(key_value, group=self.tp_group)
             key_value = scatter_to_sequence_parallel_region(whole, group=self.tp_group)
         return query, key_value
+
+
+def refuse_latent_attention(config: MLATransformerConfig) -> None:
+    """Refuse MLA without its two norms, or with a wrong gradient for them.
+
+    Args:
+        config: Megatron's configuration.
+
+    Raises:
+        BuildError: The norms are off, cannot be, or would get a wrong gradient.
+    """
+    if config.q_lora_rank is None:
+        raise BuildError(
+            "the torch backend has MLA with a query latent only",
+            field="--q-lora-rank",
+            fix="set --q-lora-rank",
+        )
+    if not config.qk_layernorm:
+        raise BuildError(
+            "MLA without it has no norm on its latents, unlike DeepSeek's",
+            field="--qk-layernorm",
+            value=False,
+            fix="pass --qk-layernorm",
+        )
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        # finalize_model_grads picks "q_layernorm" by name and sums it over the tensor-parallel group; the
+        # latent is whole on every rank there, so the sum would be the gradient times the group's size.
+        raise BuildError(
+            "MLA's query norm gets a wrong gradient under tensor parallelism without sequence parallelism",
+            field="--sequence-parallel",
+            fix="pass --sequence-parallel",
+        )
 
 
 def _refuse_what_sdpa_lacks(

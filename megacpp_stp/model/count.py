@@ -10,9 +10,10 @@ from torch import nn
 
 
 def count_parameters(chunks: Sequence[nn.Module], *, device: torch.device) -> list[int]:
-    """Parameters of each pipeline rank, without tensor or expert parallelism.
+    """Parameters of each pipeline rank, over its tensor- and expert-parallel ranks.
 
-    A tied output layer is a second copy of the embedding on the last stage and counts once.
+    A weight that tensor-parallel ranks hold whole counts once, and so does a second copy of the embedding on the last
+    stage (a tied output layer, multi-token prediction).
 
     Args:
         chunks: This rank's bare model chunks.
@@ -33,7 +34,20 @@ def count_parameters(chunks: Sequence[nn.Module], *, device: torch.device) -> li
 def _own(chunk: nn.Module) -> int:
     is_first = getattr(chunk, "pre_process", True)
     return sum(
-        parameter.numel()
+        parameter.numel() * _parts(parameter)
         for parameter in chunk.parameters()
         if is_first or not getattr(parameter, "shared_embedding", False)
     )
+
+
+def _parts(parameter: nn.Parameter) -> int:
+    """How many ranks hold a part of it, each a different one (the attributes that Megatron's layers set)."""
+    from megatron.core import parallel_state
+
+    is_expert = not getattr(parameter, "allreduce", True)
+    experts = parallel_state.get_expert_model_parallel_world_size() if is_expert else 1
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return experts
+    if is_expert:
+        return experts * parallel_state.get_expert_tensor_parallel_world_size()
+    return parallel_state.get_tensor_model_parallel_world_size()

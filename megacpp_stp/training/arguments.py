@@ -17,6 +17,9 @@ _OF_A_RUN = ("--nam-plan", "--nam-run-dir")  # what differs between two runs of 
 
 def add_nam_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Megatron's ``extra_args_provider``: the options that `megacpp_stp.plan.argv` emits for us."""
+    # Here, so that a plan can be read where there is no torch.
+    from megacpp_stp.model.slots import add_slot_arguments
+
     group = parser.add_argument_group("megacpp_stp")
     group.add_argument("--nam-plan", type=Path, required=True, help="the plan.json that this run follows")
     group.add_argument("--nam-run-dir", type=Path, required=True, help="directory for receipt and metrics")
@@ -33,7 +36,7 @@ def add_nam_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--nam-stp-start-step", type=int, help="first iteration, from 0, with the STP gradient")
     group.add_argument("--nam-stp-taps", type=_numbers, help="global layer numbers, comma separated")
     group.add_argument("--nam-stp-seed", type=int, help="key of the triple sampler")
-    return parser
+    return add_slot_arguments(parser)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

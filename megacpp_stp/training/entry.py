@@ -66,9 +66,7 @@ class _Rank:
     def run(self, undo: ExitStack) -> None:
         from megatron.training.arguments import parse_and_validate_args
 
-        from megacpp_stp.patches.dataset_helpers import apply
-
-        self._patches = [undo.enter_context(apply())]
+        self._patches = [undo.enter_context(patch) for patch in _planned_patches(self._plan["patches"])]
         args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
         if self._rank == 0:
             from megacpp_stp.training.journal import Journal
@@ -143,6 +141,15 @@ class _Rank:
             taps = install_stp(chunks, config, iteration=lambda: args.curr_iteration, data_rank=data_rank)
             recorder.observe_stp(taps)
         return chunks
+
+
+def _planned_patches(ids: Sequence[str]) -> Iterator[Any]:
+    """Apply the surfaces that the plan names, each when it is asked for."""
+    from megacpp_stp.patches import dataset_helpers, fp32_groups
+
+    modules = {module.SURFACE.id: module for module in (dataset_helpers, fp32_groups)}
+    for patch in ids:
+        yield modules[patch].apply()
 
 
 def rank_device(kind: str) -> Any:

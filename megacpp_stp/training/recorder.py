@@ -80,6 +80,11 @@ class Recorder:
         elif self._started is None:
             self._started = time.perf_counter()
 
+    def count_tokens(self, tokens: Tensor, *, training: bool) -> None:
+        """Say before a forward how many of the microbatch's tokens count on this rank, a scalar."""
+        if training and self._taps is not None:
+            self._taps.set_tokens(tokens)
+
     def add_loss(self, report: dict[str, Tensor], *, training: bool) -> None:
         """Take one microbatch's loss report, the dictionary that Megatron logs from."""
         if training:

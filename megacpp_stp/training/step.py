@@ -38,6 +38,7 @@ class ForwardStep:
         """Run `model` on the next microbatch; the schedule applies the returned loss function on the last stage."""
         self._recorder.begin_forward(training=model.training)
         batch = next_batch(data_iterator, self._device)
+        self._recorder.count_tokens(batch.loss_mask.sum(), training=model.training)
         # Position ids and a None mask as upstream's own entry passes them: attention is causal in the mixers.
         output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
         return output, partial(self._loss, batch.loss_mask, model.training)

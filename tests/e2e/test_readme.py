@@ -59,7 +59,7 @@ def test_a_command_of_the_readme_works(line, workplace):
         env={**environment(), "PYTHONPATH": str(ROOT)},
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (1 if line.startswith("megacpp-stp diff") else 0), done.stderr
     assert done.stdout
 
 

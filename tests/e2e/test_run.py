@@ -70,8 +70,10 @@ def test_the_receipt_answers_its_questions(run):
     assert (receipt["status"], receipt["reason"], receipt["iterations_done"]) == ("complete", None, 6)
     assert receipt["plan_digest"] == plan["digest"]
     assert receipt["stack"] == "megacpp_stp.model.stack.NamStack"
-    assert receipt["pattern"]["megatron"] == "+E-E+E|-E+E--"
-    assert receipt["pattern"]["stand_ins"]["12"] == "mlp stands in for m2rnn"
+    assert receipt["pattern"]["megatron"] == "+EMEDEME|DEMM"
+    assert receipt["pattern"]["stand_ins"] == {}
+    assert receipt["pattern"]["seams"]["12"] == "m2rnn in a Mamba slot"
+    assert receipt["auxiliary_losses"]["dsa_indexer"] == 0.001
     assert receipt["auxiliary_losses"]["stp"]["taps"] == receipt["taps_fed"] == [6, 12]
     assert receipt["recipe"]["provenance"] == "project-defined"
     assert receipt["patches"] == [{"id": "dataset-helpers", "state": "reached"}]

@@ -127,3 +127,14 @@ def test_without_stp_the_record_has_no_word_of_it(run):
     (record,) = run.emitted
     assert not [name for name in record if name.startswith("stp")]
     assert all("stp loss" not in report for report in run.reports)
+
+
+def test_stp_hears_of_the_tokens_of_training_only():
+    heard = []
+    recorder = Recorder.__new__(Recorder)
+    recorder._taps = SimpleNamespace(set_tokens=heard.append)
+    recorder.count_tokens(torch.tensor(7.0), training=True)
+    recorder.count_tokens(torch.tensor(8.0), training=False)
+    assert [float(count) for count in heard] == [7.0]
+    recorder._taps = None
+    recorder.count_tokens(torch.tensor(7.0), training=True)
