@@ -351,7 +351,7 @@ def _check_stp(recipe: Recipe) -> None:
             f"gives STP {each} rows for one span, and the seam compares each with each; at most {MOST_ROWS}",
             field="training.micro_batch_size",
             value=recipe.training.micro_batch_size,
-            fix=f"use at most {MOST_ROWS // 3}",
+            fix=f"use at most {max(MOST_ROWS // (3 * stp.n_spans), 1)}",
         )
     if rows > MOST_ROWS:
         raise UserError(
@@ -359,7 +359,7 @@ def _check_stp(recipe: Recipe) -> None:
             f"and the seam compares each with each; at most {MOST_ROWS}",
             field="stp.n_spans",
             value=stp.n_spans,
-            fix=f"use at most {MOST_ROWS // each}",
+            fix=f"use at most {MOST_ROWS // each}, or a micro_batch_size of at most {MOST_ROWS // (3 * stp.n_spans)}",
         )
     if stp.weight > 0 and stp.start_step >= recipe.training.iterations:
         raise UserError(

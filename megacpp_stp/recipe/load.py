@@ -78,7 +78,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name_or_path)
     data = _read(path)
     if (base := base_of(data, file=path)) is not None:
-        below = _read(find_recipe(base))
+        try:
+            below = _read(find_recipe(base))
+        except UserError as error:
+            raise UserError(error.problem, field=f"{path.name}: {KEY}", value=data[KEY], fix=error.fix) from None
         if KEY in below:
             raise UserError(
                 "has a base of its own, and only one step is allowed",

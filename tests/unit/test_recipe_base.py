@@ -61,7 +61,7 @@ def test_overrides_come_last_and_lists_are_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("text", "field"),
     [
-        (f"base: nam57\n{NAMES}", "RECIPE"),
+        (f"base: nam57\n{NAMES}", "mine.yaml: base"),
         (f"base: [nam56r-tiny]\n{NAMES}", "mine.yaml: base"),
         (f"base: null\n{NAMES}", "mine.yaml: base"),
         ("base: nam56r-tiny\ntitle: mine\n", "mine.yaml: name"),
