@@ -83,9 +83,10 @@ def parsed(argv: list[str], vocab_size: int) -> Any:
     args = parsed_arguments(argv, vocab_size)
     config = hybrid_config_from_args(args)
     if set(args.hybrid_layer_pattern) & set("DM/"):
-        from tests.parity.whole_spec import whole_spec
+        from megacpp_stp.model.slots import Slots
+        from megacpp_stp.model.specs import torch_stack_spec
 
-        config.hybrid_stack_spec = whole_spec(args)
+        config.hybrid_stack_spec = torch_stack_spec(Slots.from_arguments(args))
     return config
 
 
