@@ -22,7 +22,7 @@ SETUP_LOG := $(VENV)/setup.log
 EXTRAS := .[train,dev]
 DATASET := data/torch-headers/dataset.json
 
-.PHONY: help setup demo test test-all lint golden format constraints clean FORCE
+.PHONY: help setup demo test test-all lint parity golden format constraints clean FORCE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -107,6 +107,9 @@ lint: setup ## ruff (rules and formatting) and mypy
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
 	@"$(BIN)/mypy"
+
+parity: setup ## Print the STP parity cells with the errors that they reach, as in docs/stp.md; ten minutes
+	@OMP_NUM_THREADS=1 "$(BIN)/python" -m tests.parity.table
 
 golden: setup ## Rewrite the golden files and the generated tables of the documents; read the diff before you commit
 	@"$(BIN)/pytest" -q -m "not slow and not gpu" tests/unit/test_plan.py tests/unit/test_family.py tests/unit/test_recipe_schema.py --update-golden
