@@ -30,7 +30,6 @@ SYMBOLS: dict[Kind, str] = {
     "mamba3": "M",
     "m2rnn": "M",
 }
-MLP_SYMBOL, MOE_SYMBOL = SYMBOLS["mlp"], SYMBOLS["moe"]
 _SLOT_SEAMS: dict[Kind, str] = {"mamba3": "mamba3 in a Mamba slot", "m2rnn": "m2rnn in a Mamba slot"}
 _MTP_LETTERS = "AE"
 

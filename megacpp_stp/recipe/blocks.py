@@ -129,9 +129,9 @@ class M2rnn(Section):
 
 
 class StandIn(Section):
-    """A family whose real mixer does not exist on this path yet, and what runs in its place.
+    """A dense MLP in the place of a recurrent block: for comparisons, and for layouts that recurrences do not have.
 
-    Never implied: a recipe asks for it by name, and the plan, argv and receipt repeat it.
+    Never implied: a recipe asks for it by name, and the plan, argv and receipt repeat it. No shipped recipe does.
     """
 
     block: Literal["stand-in"]
