@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megacpp_stp.model.errors import BuildError
 from megacpp_stp.model.m2rnn.mixer import M2RNNMixer
-from megacpp_stp.model.mamba3.mixer import Mamba3Mixer, Mamba3MixerSubmodules
+from megacpp_stp.model.mamba3.mixer import Mamba3Mixer
 
 MAMBA3_LAYERS, RECURRENT_LAYERS = "--nam-mamba3-layers", "--nam-recurrent-layers"
 _ROTATED_FRACTION = 0.5  # of the state, in the complex form (mamba_ssm's default)
@@ -97,7 +97,7 @@ class Slots:
             return ModuleSpec(
                 module=Mamba3Mixer,
                 params=dict(self.mamba3_options),
-                submodules=Mamba3MixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+                submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
             )
         return ModuleSpec(
             module=M2RNNMixer,

@@ -20,7 +20,6 @@ from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -37,6 +36,7 @@ from megacpp_stp.model.m2rnn.gate import log_forget_gate
 from megacpp_stp.model.m2rnn.gated_norm import gated_norm
 from megacpp_stp.model.m2rnn.scan import CHECKPOINT_EVERY, m2rnn_scan
 from megacpp_stp.model.precision import KeepsFp32
+from megacpp_stp.model.projections import mixer_projections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,40 +137,17 @@ class M2RNNMixer(KeepsFp32, MegatronModule):
         self.checkpoint_every, self.scan = checkpoint_every, scan
         ranks = self.tp_group.size()
         self.widths = Widths(q=key_dim // ranks, v=num_heads * value_dim // ranks, f=num_heads // ranks)
-        self._create_projections(submodules, d_model, name)
+        self.in_proj, self.out_proj = mixer_projections(
+            submodules,
+            config,
+            hidden_size=d_model,
+            parts=self.widths.projected,
+            inner=self.widths.v,
+            tp_group=self.tp_group,
+            name=name,
+        )
         self._create_convolution(conv_kernel)
         self._create_recurrence(a_init_range, dt_init_range)
-
-    def _create_projections(self, submodules: MambaMixerSubmodules, d_model: int, name: str | None) -> None:
-        self.in_proj = build_module(
-            submodules.in_proj,
-            d_model,
-            self.tp_group.size() * sum(self.widths.projected),
-            config=self.config,
-            init_method=self.config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc1",
-            tp_group=self.tp_group,
-            name=None if name is None else f"{name}.in_proj",
-        )
-        self.in_proj.weight.partition_sizes = self.widths.projected
-        self.out_proj = build_module(
-            submodules.out_proj,
-            self.num_heads * self.value_dim,
-            d_model,
-            config=self.config,
-            init_method=self.config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
-            name=None if name is None else f"{name}.out_proj",
-        )
 
     def _create_convolution(self, taps: int) -> None:
         """As torch.nn.Conv1d initialises a depthwise one: all uniform within 1 / sqrt(c)."""

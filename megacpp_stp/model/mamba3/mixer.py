@@ -11,11 +11,10 @@ tensor-parallel size; H and G are of the whole layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -42,21 +41,9 @@ from megacpp_stp.model.mamba3.inputs import ScanInputs
 from megacpp_stp.model.mamba3.reference import DECAY_FLOOR, NORM_EPS
 from megacpp_stp.model.mamba3.sizes import Mamba3Sizes, refuse_what_is_missing
 from megacpp_stp.model.precision import KeepsFp32
+from megacpp_stp.model.projections import mixer_projections
 
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mamba3MixerSubmodules:
-    """The mixer's two projections.
-
-    Attributes:
-        in_proj: Column-parallel, [s, b, h] to [s, b, (2 H P + 2 G N + 3 H) / T].
-        out_proj: Row-parallel, [s, b, H P / T] to [s, b, h].
-    """
-
-    in_proj: Callable[..., torch.nn.Module] = ColumnParallelLinear
-    out_proj: Callable[..., torch.nn.Module] = RowParallelLinear
 
 
 class Mamba3Mixer(KeepsFp32, MegatronModule):
@@ -93,7 +80,7 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: Mamba3MixerSubmodules | None = None,
+        submodules: MambaMixerSubmodules | None = None,
         d_model: int | None = None,
         *,
         chunk_size: int = CHUNK_SIZE,
@@ -106,7 +93,7 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
         super().__init__(config)
         assert pg_collection is not None, "Megatron passes the process groups"
         refuse_what_is_missing(config, context_parallel=pg_collection.cp.size(), chunk_size=chunk_size)
-        submodules = submodules or Mamba3MixerSubmodules()
+        submodules = submodules or MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
         d_model = config.hidden_size if d_model is None else d_model
         self.tp_group = pg_collection.tp
         self.sizes = Mamba3Sizes.of(config, rope_fraction=rope_fraction, tensor_parallel=self.tp_group.size())
@@ -114,33 +101,14 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
         self.layer_number = layer_number
         self.sequence_parallel = config.sequence_parallel and self.tp_group.size() > 1
 
-        self.in_proj = submodules.in_proj(
-            d_model,
-            sum(self.sizes.parts.values()) * self.tp_group.size(),
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc1",
+        self.in_proj, self.out_proj = mixer_projections(
+            submodules,
+            config,
+            hidden_size=d_model,
+            parts=list(self.sizes.parts.values()),
+            inner=self.sizes.heads * self.sizes.head_dim,
             tp_group=self.tp_group,
-            name=None if name is None else f"{name}.in_proj",
-        )
-        # Read where a weight is moved between tensor-parallel sizes: each part is cut for itself.
-        self.in_proj.weight.partition_sizes = list(self.sizes.parts.values())
-        self.out_proj = submodules.out_proj(
-            self.sizes.heads * self.sizes.head_dim * self.tp_group.size(),
-            d_model,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
-            name=None if name is None else f"{name}.out_proj",
+            name=name,
         )
         self._create_small_parameters(config, d_model)
 
