@@ -27,7 +27,11 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         ValueError: A NaN or infinity: callers say null and why, since bare NaN is no JSON.
     """
-    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text so that a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as handle:
         handle.write(text)
@@ -84,6 +88,16 @@ def shown(value: object) -> str:
     return text if text.isprintable() else json.dumps(text)
 
 
+def exists_already(path: Path) -> UserError:
+    """What to say of a run directory that is there and is not to be continued."""
+    return UserError(
+        "exists already",
+        field="--run-dir",
+        value=str(path),
+        fix="name a new directory, or go on with the run that is there by --resume",
+    )
+
+
 def create_run_directory(path: Path) -> None:
     """Create a new run directory.
 
@@ -93,7 +107,7 @@ def create_run_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True)
     except FileExistsError:
-        raise UserError("exists already", field="--run-dir", value=str(path), fix="name a new directory") from None
+        raise exists_already(path) from None
     except OSError as error:
         raise UserError(
             f"cannot be created: {error.strerror}",

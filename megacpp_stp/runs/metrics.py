@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.runs.opening import open_regular
 
 Record = dict[str, Any]
-NUMBERS = ("lm_loss", "bits_per_byte", "stp_loss", "stp_weighted", "grad_norm", "tokens_per_s", "step_time_s")
+NUMBERS = (
+    "lm_loss",
+    "bits_per_byte",
+    "stp_loss",
+    "stp_weight",
+    "stp_weighted",
+    "grad_norm",
+    "tokens_per_s",
+    "step_time_s",
+)
+
+_LONGEST_LINE = 2**22  # bytes; a record of a thousand taps has less
 
 
 class MetricsWriter:
@@ -19,14 +33,20 @@ class MetricsWriter:
 
     Args:
         path: The file; created, and never overwritten.
+        append: Go on with a file that may be there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._handle: TextIO = open(path, "x", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
+    def __init__(self, path: Path, *, append: bool = False) -> None:
+        mode: Literal["a", "x"] = "a" if append else "x"
+        self._handle: TextIO = open(path, mode, encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
     def write(self, record: Record) -> None:
         """Append one record. A number that is not finite is written as null: bare NaN is no JSON."""
         self._handle.write(json.dumps(_finite(record), sort_keys=True, allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        """See that the records so far outlive the machine, as a checkpoint of theirs does."""
+        os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -47,24 +67,23 @@ def read_metrics(path: Path) -> list[Record]:
     Raises:
         UserError: The file cannot be read, or a line before the last is not a record.
     """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", field=str(path), fix="is this a run directory?") from None
     records: list[Record] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            _check(record)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            raise UserError(
-                f"line {number} is not a metrics record",
-                field=str(path),
-                fix="the file is damaged; use another run",
-            ) from None
-        records.append(record)
+    damaged = None
+    with open_regular(path) as handle:
+        for number, line in enumerate(iter(partial(handle.readline, _LONGEST_LINE), b""), start=1):
+            if damaged is not None:
+                raise UserError(
+                    f"line {damaged} is not a metrics record",
+                    field=str(path),
+                    fix="the file is damaged; use another run",
+                )
+            try:
+                record = json.loads(line)
+                _check(record)
+            except (ValueError, OverflowError, RecursionError):
+                damaged = number
+            else:
+                records.append(record)
     return records
 
 

@@ -8,16 +8,19 @@ starts, rank 0 fills it while the run goes on, and the launcher closes it when r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.files import RECEIPT, read_json, write_json
+from megacpp_stp.runs.opening import require_regular
 
 RECEIPT_VERSION = 1
+ALLOWED_UNREVIEWED = "allowed_unreviewed"  # ids of patch surfaces that the user let meet unreviewed code upstream
 _LONGEST_REASON = 400
+_GOING_ON = "the run has not ended, or was killed together with its launcher"
 
 
 class Receipt:
@@ -37,10 +40,11 @@ class Receipt:
         content = {
             "receipt_version": RECEIPT_VERSION,
             "status": "incomplete",
-            "reason": "the run has not ended, or was killed together with its launcher",
+            "reason": _GOING_ON,
             "started": now(),
             "ended": None,
             "iterations_done": None,
+            "attempts": [_attempt(from_iteration=0, plan_digest=facts["plan_digest"])],
             **facts,
         }
         write_json(directory / RECEIPT, content)
@@ -56,6 +60,51 @@ class Receipt:
         """``user`` for a mistake that the user can mend, ``crash`` or ``signal`` else; None without a failure."""
         kind = self._content.get("failure_kind")
         return kind if isinstance(kind, str) else None
+
+    @property
+    def attempts(self) -> int:
+        """How often the run was started."""
+        return len(self._content.get("attempts", ()))
+
+    @property
+    def from_iteration(self) -> int:
+        """Iteration of the checkpoint that this attempt started from; 0 for none."""
+        return int(self._content["attempts"][-1]["from_iteration"])
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """What the run reads, by content; None before rank 0 has looked."""
+        return self._content.get("data")
+
+    @property
+    def validation(self) -> list[dict[str, Any]]:
+        """The evaluations so far."""
+        return list(self._content.get("validation", ()))
+
+    def begin_attempt(self, *, from_iteration: int, **facts: Any) -> None:
+        """The run goes on.
+
+        Args:
+            from_iteration: Iteration of the checkpoint.
+            **facts: The plan's, in the place of those that it had, and what is left of earlier results.
+        """
+        attempt = _attempt(from_iteration=from_iteration, plan_digest=facts["plan_digest"])
+        for name in ("failure_kind", "last", "best"):
+            self._content.pop(name, None)
+        self.update(
+            **facts,
+            status="incomplete",
+            reason=_GOING_ON,
+            ended=None,
+            iterations_done=None,
+            attempts=[*self._content.get("attempts", ()), attempt],
+        )
+
+    def end_attempt(self, *, exit_status: int) -> None:
+        """The launcher's last word on this attempt."""
+        copied = {name: self._content[name] for name in ("status", "reason", "iterations_done")}
+        self._content["attempts"][-1].update(copied, ended=self._content["ended"] or now(), exit_status=exit_status)
+        self.update()
 
     def update(self, **facts: Any) -> None:
         """Add or replace facts."""
@@ -75,6 +124,20 @@ class Receipt:
             **facts: More to record.
         """
         self.update(**facts, status="incomplete", reason=without_places(reason), failure_kind=kind, ended=now())
+
+
+def _attempt(*, from_iteration: int, plan_digest: str) -> dict[str, Any]:
+    """One start of the run; the rest is null until its launcher ends."""
+    return {
+        "started": now(),
+        "ended": None,
+        "from_iteration": from_iteration,
+        "status": "incomplete",
+        "reason": _GOING_ON,
+        "iterations_done": None,
+        "exit_status": None,
+        "plan_digest": plan_digest,
+    }
 
 
 def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +181,30 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def patch_facts(
+    by_rank: Sequence[Sequence[Mapping[str, Any]]], calls: Sequence[Mapping[str, Mapping[str, int]]] | None = None
+) -> list[dict[str, Any]]:
+    """Patch surfaces as a receipt says them.
+
+    Args:
+        by_rank: Their records on each rank; they are equal.
+        calls: By rank, surface and calling function upstream; None before the first iteration.
+    """
+    facts: list[dict[str, Any]] = []
+    for record in by_rank[0]:
+        fact = {"id": record["id"], "state": record["state"], "reviewed_at": record["reviewed_at"]}
+        if record["unreviewed"]:
+            fact |= {"state": f"{record['state']}, unreviewed", "unreviewed": record["unreviewed"]}
+        if calls is not None:
+            callers = sorted({caller for rank in calls for caller in rank[record["id"]]})
+            fact["called_on_ranks"] = {
+                caller: [rank for rank, found in enumerate(calls) if caller in found[record["id"]]]
+                for caller in callers
+            }
+        facts.append(fact)
+    return facts
+
+
 def _stands_in(layer: Mapping[str, Any]) -> bool:
     """Whether a dense MLP runs there in another block's place."""
     return bool(layer["seam"]) and layer["kind"] == "mlp"
@@ -130,6 +217,7 @@ def read_receipt(directory: Path) -> dict[str, Any]:
         UserError: No receipt, or a damaged one.
     """
     path = directory / RECEIPT
+    require_regular(path)
     receipt = read_json(path)
     parameters, validation = receipt.get("parameters"), receipt.get("validation", [])
     whole = (
@@ -142,6 +230,7 @@ def read_receipt(directory: Path) -> dict[str, Any]:
         and (parameters is None or _are_counts(parameters))
         and isinstance(validation, list)
         and all(_is_validation(record) for record in validation)
+        and _are_attempts(receipt.get("attempts", []))
     )
     if not whole:
         raise UserError(
@@ -156,6 +245,12 @@ def _are_counts(parameters: Any) -> bool:
     if not isinstance(parameters, dict) or not isinstance(parameters.get("by_pipeline_rank"), list):
         return False
     return all(type(count) is int for count in (parameters.get("total"), *parameters["by_pipeline_rank"]))
+
+
+def _are_attempts(attempts: Any) -> bool:
+    return isinstance(attempts, list) and all(
+        isinstance(attempt, dict) and type(attempt.get("from_iteration")) is int for attempt in attempts
+    )
 
 
 def _is_validation(record: Any) -> bool:

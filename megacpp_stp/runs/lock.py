@@ -1,0 +1,69 @@
+"""Who works in a run directory: one launcher at a time, and nobody else's ranks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megacpp_stp.errors import UserError
+
+# Two files, so that a launcher holds its own while its ranks hold theirs. They stay: a lock is on an open file, and a
+# file that was removed could be locked twice.
+_LAUNCHER, _RANKS = ".launcher.lock", ".ranks.lock"
+
+
+@contextmanager
+def launcher_lock(directory: Path) -> Iterator[None]:
+    """Be the only launcher in a run directory, and find no rank of an earlier one still there.
+
+    Raises:
+        UserError: The run is going on, or its processes have not ended yet.
+    """
+    with _held(directory / _LAUNCHER, fcntl.LOCK_EX):
+        with _held(directory / _RANKS, fcntl.LOCK_EX):
+            pass  # whoever starts ranks is the launcher, and that is us from here on
+        yield
+
+
+@contextmanager
+def rank_lock(directory: Path) -> Iterator[None]:
+    """Be one of the ranks that work in a run directory.
+
+    Raises:
+        UserError: A launcher is just preparing it.
+    """
+    with _held(directory / _RANKS, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _held(path: Path, kind: int) -> Iterator[None]:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # no child inherits it
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(handle)
+            raise
+    except BlockingIOError:
+        raise UserError(
+            "the run is going on there, or its processes have not ended yet",
+            field="--run-dir",
+            value=str(path.parent),
+            fix="wait until it has ended, or end it",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot be locked: {error.strerror}",
+            field="--run-dir",
+            value=str(path.parent),
+            fix="name a place that you may write to, on a file system with locks (Lustre: mounted with flock)",
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.close(handle)
