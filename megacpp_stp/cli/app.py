@@ -20,6 +20,7 @@ _COMMANDS = {
     "diff": ("diff", "diff_command"),
     "memory": ("memory", "memory_command"),
     "launch": ("launch", "launch_command"),
+    "patches": ("patches", "app"),
     "bench": ("bench", "app"),
     "data": ("data", "app"),
     "runs": ("runs", "app"),

@@ -1,26 +1,34 @@
-"""What Megatron's Mamba slots hold: Mamba-3 or M2RNN, by global layer number.
+"""What Megatron's Mamba slots hold: Mamba-3, M2RNN or Mamba-2, by global layer number.
 
-megatron-core has one symbol, ``M``, for all recurrent layers, and one spec for all of them.  The mixer in that spec is
-`SlotMixer`, which becomes the one that the layer's number asks for.
+megatron-core has one symbol, ``M``, for all recurrent layers, and one spec for all of them.  The layer in that spec is
+`SlotLayer`, which becomes Megatron's MambaLayer with the mixer that the layer's number asks for.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
-from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import HAVE_MAMBA_SSM, MambaMixer, MambaMixerSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 
 from megacpp_stp.model.errors import BuildError
 from megacpp_stp.model.m2rnn.mixer import M2RNNMixer
 from megacpp_stp.model.mamba3.mixer import Mamba3Mixer
 
-MAMBA3_LAYERS, RECURRENT_LAYERS = "--nam-mamba3-layers", "--nam-recurrent-layers"
+MAMBA3_LAYERS, RECURRENT_LAYERS, MAMBA2_LAYERS = (
+    "--nam-mamba3-layers",
+    "--nam-recurrent-layers",
+    "--nam-mamba2-layers",
+)
+_LISTS = f"{MAMBA3_LAYERS}, {RECURRENT_LAYERS}, {MAMBA2_LAYERS}"
 _ROTATED_FRACTION = 0.5  # of the state, in the complex form (mamba_ssm's default)
 # Option to the mixer's own name for it.
 _M2RNN_SIZES = {
@@ -33,18 +41,38 @@ _M2RNN_SIZES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlotModules:
+    """What a backend builds the layer in a Mamba slot of.  Each layer has one norm, and it is here that it has.
+
+    Attributes:
+        norm: The layer's norm, before a mixer whose input projection has none.
+        in_proj: A column-parallel linear layer.
+        out_proj: A row-parallel linear layer.
+        normed_in_proj: A column-parallel linear layer with the norm in it, for Megatron's Mamba-2 mixer; None where
+            that mixer cannot run.
+    """
+
+    norm: LayerNormBuilder
+    in_proj: type
+    out_proj: type
+    normed_in_proj: type | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
     """Which mixer each Mamba slot of the decoder holds, and its sizes beside those in Megatron's configuration.
 
     Attributes:
         mamba3: Global numbers of the Mamba-3 layers, from 1.
         m2rnn: Those of the M2RNN layers.
+        mamba2: Those of the Mamba-2 layers, of which Megatron's configuration has all sizes.
         mamba3_options: Keyword arguments of `Mamba3Mixer`: ``chunk_size``, ``rope_fraction``.
         m2rnn_options: Keyword arguments of `M2RNNMixer`: its sizes.
     """
 
     mamba3: frozenset[int]
     m2rnn: frozenset[int]
+    mamba2: frozenset[int] = frozenset()
     mamba3_options: Mapping[str, Any]
     m2rnn_options: Mapping[str, Any]
 
@@ -61,13 +89,17 @@ class Slots:
         """
         if not hasattr(args, _attribute(MAMBA3_LAYERS)):
             raise _unsaid()
-        mamba3 = frozenset(getattr(args, _attribute(MAMBA3_LAYERS)) or ())
-        m2rnn = frozenset(getattr(args, _attribute(RECURRENT_LAYERS)) or ())
-        _compare_with_pattern(args.hybrid_layer_pattern, {MAMBA3_LAYERS: mamba3, RECURRENT_LAYERS: m2rnn})
+        mamba3, m2rnn, mamba2 = (
+            frozenset(getattr(args, _attribute(option)) or ())
+            for option in (MAMBA3_LAYERS, RECURRENT_LAYERS, MAMBA2_LAYERS)
+        )
+        lists = {MAMBA3_LAYERS: mamba3, RECURRENT_LAYERS: m2rnn, MAMBA2_LAYERS: mamba2}
+        _compare_with_pattern(args.hybrid_layer_pattern, lists)
         rotated = args.nam_mamba3_complex_rotation
         return cls(
             mamba3=mamba3,
             m2rnn=m2rnn,
+            mamba2=mamba2,
             mamba3_options={
                 "chunk_size": _needed(args, "--nam-mamba3-chunk-size"),
                 "rope_fraction": _ROTATED_FRACTION if rotated else 0.0,
@@ -77,53 +109,88 @@ class Slots:
             m2rnn_options={name: _needed(args, option) for option, name in _M2RNN_SIZES.items()} if m2rnn else {},
         )
 
-    def spec(self, layer_number: int) -> ModuleSpec:
-        """The mixer of one layer.
+    def spec(self, layer_number: int, modules: SlotModules) -> ModuleSpec:
+        """One layer, with its mixer.
 
         Args:
             layer_number: Global, from 1.
+            modules: The backend's.
 
         Raises:
-            BuildError: The layer is in neither list, or in both.
+            BuildError: The layer is in none of the lists or in several; or its mixer cannot be built here.
         """
-        if (layer_number in self.mamba3) == (layer_number in self.m2rnn):
-            both = layer_number in self.mamba3
+        kinds = sum(layer_number in numbers for numbers in (self.mamba3, self.m2rnn, self.mamba2))
+        if kinds != 1:
             raise BuildError(
-                f"layer {layer_number} is a Mamba slot and in {'both lists' if both else 'neither list'}",
-                field=f"{MAMBA3_LAYERS}, {RECURRENT_LAYERS}",
+                f"layer {layer_number} is a Mamba slot and in {'no list' if kinds == 0 else f'{kinds} lists'}",
+                field=_LISTS,
                 fix=f"name layer {layer_number} in one of them",
             )
-        if layer_number in self.mamba3:
-            return ModuleSpec(
-                module=Mamba3Mixer,
-                params=dict(self.mamba3_options),
-                submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
-            )
-        return ModuleSpec(
-            module=M2RNNMixer,
-            params=dict(self.m2rnn_options),
-            submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+        if layer_number in self.mamba2:
+            return _mamba2_layer(modules)
+        mixer, options = (
+            (Mamba3Mixer, self.mamba3_options) if layer_number in self.mamba3 else (M2RNNMixer, self.m2rnn_options)
         )
+        # The norm is the layer's: Mamba-3 reads the normed hidden states a second time, for its angles.
+        return _layer(mixer, modules.in_proj, modules.out_proj, norm=modules.norm, **options)
 
 
-class SlotMixer:
-    """The mixer in the spec of Megatron's MambaLayer; building it builds the layer's own mixer in its place.
+def _layer(mixer: type, in_proj: type, out_proj: type, *, norm: LayerNormBuilder, **options: Any) -> ModuleSpec:
+    projections = MambaMixerSubmodules(in_proj=in_proj, out_proj=out_proj)
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=norm,
+            mixer=ModuleSpec(module=mixer, params=options, submodules=projections),
+            mamba_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _mamba2_layer(modules: SlotModules) -> ModuleSpec:
+    """Megatron's own, as in its hybrid spec: the norm is in the projection, and the layer's is the identity."""
+    if modules.normed_in_proj is None:
+        raise BuildError(
+            "Megatron's Mamba-2 mixer runs on GPUs only, and not in this backend",
+            field=MAMBA2_LAYERS,
+            fix="use model.backend te, or Mamba-3",
+        )
+    if not HAVE_MAMBA_SSM:
+        raise BuildError(
+            "Megatron's Mamba-2 mixer needs mamba-ssm, which is not installed",
+            field=MAMBA2_LAYERS,
+            fix="pip install 'megacpp-stp[ssm]', or use Mamba-3",
+        )
+    return _layer(MambaMixer, modules.normed_in_proj, modules.out_proj, norm=IdentityOp)
+
+
+class SlotLayer:
+    """The Mamba layer in a spec; building it builds the layer that its number asks for in its place.
 
     Args:
         config: Megatron's configuration.
-        slots: What the slots hold; None for what Megatron's parsed arguments say.
+        modules: The backend's.
+        slots: What the slots hold, or what says it when the layer is built; None for what Megatron's parsed
+            arguments say.
         layer_number: Global, from 1.
-        name: Of the mixer in the model, as HybridModel gives it; says whether it is in the decoder.
-        kwargs: The rest of what MambaLayer passes to a mixer.
+        name: Of the layer in the model, as HybridModel gives it; says whether it is in the decoder.
+        kwargs: The rest of what HybridStack passes to a Mamba layer.
 
     Raises:
         BuildError: See `Slots`; or a slot in multi-token prediction.
     """
 
     def __new__(
-        cls, config: Any, *, slots: Slots | None = None, layer_number: int, name: str | None, **kwargs: Any
+        cls,
+        config: Any,
+        *,
+        modules: SlotModules,
+        slots: Slots | Callable[[], Slots] | None = None,
+        layer_number: int,
+        name: str | None,
+        **kwargs: Any,
     ) -> Any:
-        """Not an instance of this class, but the mixer."""
+        """Not an instance of this class, but the layer."""
         if name is None or not name.startswith("decoder."):
             # Layers of a depth of prediction are numbered from 1 again, so a number would find another layer's mixer.
             raise BuildError(
@@ -132,8 +199,12 @@ class SlotMixer:
                 value=name,
                 fix="leave M out after the /",
             )
-        slots = Slots.from_arguments(_parsed_arguments()) if slots is None else slots
-        return build_module(slots.spec(layer_number), config, layer_number=layer_number, name=name, **kwargs)
+        if slots is None:
+            slots = Slots.from_arguments(_parsed_arguments())
+        elif not isinstance(slots, Slots):
+            slots = slots()
+        spec = slots.spec(layer_number, modules)
+        return build_module(spec, config, layer_number=layer_number, name=name, **kwargs)
 
 
 def add_slot_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -143,6 +214,7 @@ def add_slot_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--nam-mamba3-chunk-size", type=int, help="steps that a Mamba-3 mixer computes together")
     group.add_argument("--nam-mamba3-complex-rotation", action="store_true", help="the complex form of Mamba-3")
     group.add_argument(RECURRENT_LAYERS, type=_numbers, help="layers whose Mamba slot holds an M2RNN mixer")
+    group.add_argument(MAMBA2_LAYERS, type=_numbers, help="layers whose Mamba slot holds Megatron's own mixer")
     group.add_argument("--nam-m2rnn-heads", type=int, help="heads of an M2RNN mixer")
     group.add_argument("--nam-m2rnn-key-dim", type=int, help="rows of a head's state")
     group.add_argument("--nam-m2rnn-value-dim", type=int, help="columns of a head's state")
@@ -190,7 +262,7 @@ def _parsed_arguments() -> Namespace:
 def _unsaid() -> BuildError:
     return BuildError(
         "nothing says which mixer the Mamba slots hold",
-        field=f"{MAMBA3_LAYERS}, {RECURRENT_LAYERS}",
+        field=_LISTS,
         fix="parse with extra_args_provider=megacpp_stp.model.slots.add_slot_arguments, "
         "or build the spec with megacpp_stp.model.specs.torch_stack_spec(slots)",
     )

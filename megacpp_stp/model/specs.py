@@ -2,19 +2,19 @@
 
 ``--spec megacpp_stp.model.specs nam_torch_stack_spec`` selects the torch backend: plain torch modules, no
 Transformer Engine, so it runs on a CPU. Which mixer each of its Mamba slots holds is then read from Megatron's parsed
-arguments when the slot is built; `torch_stack_spec` makes a spec that says it itself. ``nam_te_stack_spec`` is the
-name of the Transformer Engine one, so that arguments can be checked; it refuses to be built.
+arguments when the slot is built; `torch_stack_spec` makes a spec that says it itself. ``nam_te_stack_spec`` selects
+Transformer Engine's modules (`megacpp_stp.model.te_specs`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -42,44 +42,13 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megacpp_stp.model.attention import SdpaCoreAttention, TorchMLASelfAttention, TorchSelfAttention
-from megacpp_stp.model.errors import BuildError
 from megacpp_stp.model.norm import RMSNorm
-from megacpp_stp.model.slots import SlotMixer, Slots
+from megacpp_stp.model.slots import SlotLayer, SlotModules, Slots
 from megacpp_stp.model.sparse import DuplicatedLinear, IndexerKeyNorm, TorchSparseAttention
-from megacpp_stp.model.stack import NamStack
+from megacpp_stp.model.stack import AbsentLayer, NamStack
+from megacpp_stp.model.te_specs import nam_te_stack_spec
 
-
-class NotInTorchBackend:
-    """Stands in the spec where the torch backend has no layer yet.
-
-    Raises:
-        BuildError: Always, when a pattern makes Megatron build it.
-    """
-
-    def __init__(self, *args: object, symbol: str, layer: str, **kwargs: object) -> None:
-        raise BuildError(
-            f"{layer} is not available in the torch backend yet",
-            field="--hybrid-layer-pattern",
-            value=symbol,
-            fix="use a pattern without it, or another backend",
-        )
-
-
-class TransformerEngineStack:
-    """Where the stack of Transformer Engine modules will be.
-
-    Raises:
-        BuildError: Always, when Megatron builds it.
-    """
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        raise BuildError(
-            "the Transformer Engine spec of the NAM stack is not built yet",
-            field="--spec",
-            value="nam_te_stack_spec",
-            fix="use backend torch",
-        )
-
+__all__ = ["nam_te_stack_spec", "nam_torch_stack_spec", "te_stack_spec", "torch_stack_spec"]
 
 _attention_layer = ModuleSpec(
     module=TransformerLayer,
@@ -97,6 +66,8 @@ _attention_layer = ModuleSpec(
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
+        # In checkpoints the norm is where Transformer Engine has it, as in upstream's specs without it.
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
     ),
 )
 
@@ -132,6 +103,7 @@ _mlp_layer = ModuleSpec(
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         ),
         mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
     ),
 )
 
@@ -202,16 +174,7 @@ _prediction = ModuleSpec(
 )
 
 
-def _mamba_layer(slots: Slots | None) -> ModuleSpec:
-    # The projection of a mixer has no norm of its own here, so the layer's is the only one.
-    return ModuleSpec(
-        module=MambaLayer,
-        submodules=MambaLayerSubmodules(
-            norm=RMSNorm,
-            mixer=ModuleSpec(module=SlotMixer, params={"slots": slots}),
-            mamba_bda=get_bias_dropout_add,
-        ),
-    )
+_slot_modules = SlotModules(norm=RMSNorm, in_proj=ColumnParallelLinear, out_proj=RowParallelLinear, normed_in_proj=None)
 
 
 nam_torch_stack_spec = ModuleSpec(
@@ -222,22 +185,29 @@ nam_torch_stack_spec = ModuleSpec(
         mla_layer=_mla_layer,
         mlp_layer=_mlp_layer,
         moe_layer=_moe_layer,
-        mamba_layer=_mamba_layer(None),
-        gdn_layer=ModuleSpec(module=NotInTorchBackend, params={"symbol": "G", "layer": "the gated delta net layer"}),
+        mamba_layer=ModuleSpec(module=SlotLayer, params={"modules": _slot_modules}),
+        gdn_layer=ModuleSpec(module=AbsentLayer, params={"symbol": "G", "what": "the gated delta net layer"}),
         dsa_layer=_sparse_layer,
         mtp_block_spec=_prediction,
     ),
 )
 
 
-def torch_stack_spec(slots: Slots) -> ModuleSpec:
-    """The torch backend's spec for a model that is built without Megatron's parsed arguments.
+def torch_stack_spec(slots: Slots | Callable[[], Slots]) -> ModuleSpec:
+    """The torch backend's spec for a model that is built without our options among Megatron's parsed arguments.
 
     Args:
-        slots: What its Mamba slots hold.
+        slots: What its Mamba slots hold, or what says it when they are built.
     """
-    submodules = dataclasses.replace(nam_torch_stack_spec.submodules, mamba_layer=_mamba_layer(slots))
-    return dataclasses.replace(nam_torch_stack_spec, submodules=submodules)
+    return _with_slots(nam_torch_stack_spec, slots)
 
 
-nam_te_stack_spec = ModuleSpec(module=TransformerEngineStack)
+def te_stack_spec(slots: Slots | Callable[[], Slots]) -> ModuleSpec:
+    """The te backend's; see `torch_stack_spec`."""
+    return _with_slots(nam_te_stack_spec, slots)
+
+
+def _with_slots(stack: ModuleSpec, slots: Slots | Callable[[], Slots]) -> ModuleSpec:
+    layer = stack.submodules.mamba_layer
+    chosen = dataclasses.replace(layer, params={**layer.params, "slots": slots})
+    return dataclasses.replace(stack, submodules=dataclasses.replace(stack.submodules, mamba_layer=chosen))

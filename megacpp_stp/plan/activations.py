@@ -233,8 +233,15 @@ def _output(setting: Setting) -> Kept:
     logits = 0 if e == FP32 else e * vocabulary
     return Kept(
         layer=Bytes(sequence=setting.norm(setting.model.hidden_size), whole=_TARGETS),
-        logits=Bytes(tensor=FP32 * vocabulary + logits),
+        logits=_fused_head(setting) or Bytes(tensor=FP32 * vocabulary + logits),
     )
+
+
+def _fused_head(setting: Setting) -> Bytes | None:
+    """Without logits: the parts of the log-sum-exp, and the fp32 gradient of the hidden states while it is summed."""
+    if setting.recipe.training.fused_cross_entropy is None:
+        return None
+    return Bytes(whole=2 * FP32 + FP32 * setting.model.hidden_size)
 
 
 def _prediction(setting: Setting) -> Kept:
@@ -245,7 +252,7 @@ def _prediction(setting: Setting) -> Kept:
 
 def _depth_logits(setting: Setting) -> Bytes:
     """The softmax; the logits beside it are gone before the main head's are made."""
-    return Bytes(tensor=FP32 * padded_vocab_size(setting.recipe))
+    return _fused_head(setting) or Bytes(tensor=FP32 * padded_vocab_size(setting.recipe))
 
 
 _BY_KIND: dict[PartKind, Callable[[Setting], Kept]] = {

@@ -212,6 +212,18 @@ def _training(recipe: Recipe) -> Iterator[Argument]:
     yield _arg("--seed", training.seed, "training.seed")
     if training.precision == "bf16":
         yield _flag("--bf16", "training.precision")
+    if training.precision == "fp16":
+        yield _flag("--fp16", "training.precision")
+        # As upstream itself decides for bf16.
+        yield _flag("--accumulate-allreduce-grads-in-fp32", "training.precision")
+    if scale := training.loss_scale:
+        for option, name in (
+            ("--initial-loss-scale", "initial"),
+            ("--min-loss-scale", "minimum"),
+            ("--loss-scale-window", "window"),
+            ("--hysteresis", "hysteresis"),
+        ):
+            yield _arg(option, getattr(scale, name), f"training.loss_scale.{name}")
     # Upstream's default repeats a step whose loss is not finite, then wants to save and move to another GPU.
     # Here the first NaN ends the run, with its iteration.
     yield _arg("--rerun-mode", "disabled", "training (stop at the first NaN)")
@@ -225,6 +237,21 @@ def _training(recipe: Recipe) -> Iterator[Argument]:
             yield _arg("--recompute-num-layers", 1, "training.recompute.granularity")
         else:
             yield Argument(("--recompute-modules", *recompute.modules), "training.recompute.modules")
+    yield from _checkpoint(recipe)
+
+
+def _checkpoint(recipe: Recipe) -> Iterator[Argument]:
+    """How a run saves itself; where, only the launcher knows."""
+    checkpoint, field = recipe.training.checkpoint, "training.checkpoint"
+    if checkpoint is None:
+        return
+    yield _arg("--save-interval", checkpoint.interval, f"{field}.interval")
+    if checkpoint.keep_every is not None:
+        yield _arg("--save-retain-interval", checkpoint.keep_every, f"{field}.keep_every")
+    yield _arg("--ckpt-format", "torch_dist", field)
+    if recipe.optimizer.distributed:
+        # Upstream's other form cannot be loaded where fp32 parameters have optimizer groups of their own.
+        yield _flag("--dist-ckpt-optim-fully-reshardable", f"{field}, optimizer.distributed")
 
 
 def _optimizer(recipe: Recipe) -> Iterator[Argument]:
@@ -266,14 +293,23 @@ def _nam(recipe: Recipe, layout: HybridPlan, device: str) -> Iterator[Argument]:
         where = _numbers(numbers)
         yield _arg("--nam-stand-in", f"{family}:{spec.instead_of}={spec.runs}@{where}", _LAYERS)
     yield from _slots(recipe, layout)
+    if fused := recipe.training.fused_cross_entropy:
+        yield _arg("--nam-fused-cross-entropy", fused, "training.fused_cross_entropy")
     stp = recipe.stp
     if stp is None:
         return
+    yield _arg("--nam-stp-objective", stp.objective, "stp.objective")
     yield _arg("--nam-stp-weight", stp.weight, "stp.weight")
     yield _arg("--nam-stp-n-spans", stp.n_spans, "stp.n_spans")
+    if stp.max_span is not None:
+        yield _arg("--nam-stp-max-span", stp.max_span, "stp.max_span")
+    if stp.within_documents:
+        yield _flag("--nam-stp-within-documents", "stp.within_documents")
     yield _arg("--nam-stp-start-step", stp.start_step, "stp.start_step")
-    yield _arg("--nam-stp-taps", _numbers(stp.taps), "stp.taps")
+    yield _arg("--nam-stp-ramp-steps", stp.ramp_steps, "stp.ramp_steps")
+    yield _arg("--nam-stp-taps", ",".join(layout.tap_names), f"stp.taps, {_LAYERS}")
     yield _arg("--nam-stp-seed", stp.seed, "stp.seed")
+    yield _arg("--nam-stp-diagnose-every", stp.diagnose_every, "stp.diagnose_every")
 
 
 def _slots(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
@@ -285,6 +321,8 @@ def _slots(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
         yield _arg("--nam-mamba3-chunk-size", families.M.chunk_size, f"{field}.chunk_size")
         if families.M.complex_rotation:
             yield _flag("--nam-mamba3-complex-rotation", f"{field}.complex_rotation")
+    if isinstance(families.M, Mamba2):
+        yield _arg("--nam-mamba2-layers", _numbers(layout.numbers("mamba2")), _LAYERS)
     if isinstance(families.R, M2rnn):
         field = "model.families.R"
         yield _arg("--nam-recurrent-layers", _numbers(layout.numbers("m2rnn")), _LAYERS)

@@ -121,6 +121,13 @@ def build_plan(recipe: Recipe, *, device: Device = "cuda") -> RunPlan:
             value="te",
             fix="use --device cuda, or backend torch",
         )
+    if device == "cpu" and recipe.training.fused_cross_entropy == "cut-cross-entropy":
+        raise UserError(
+            "its kernels run on GPUs only",
+            field="training.fused_cross_entropy",
+            value="cut-cross-entropy",
+            fix="use --device cuda, or torch",
+        )
     layout = lower(recipe, stages=choose_stages(recipe))
     check(recipe, layout)
     return RunPlan(
@@ -129,7 +136,7 @@ def build_plan(recipe: Recipe, *, device: Device = "cuda") -> RunPlan:
         layout=layout,
         arguments=emit(recipe, layout, device=device),
         env=environment(device=device),
-        patches=(*_ALWAYS, *(_IN_16_BITS if recipe.training.precision == "bf16" and layout.keeps_fp32 else ())),
+        patches=(*_ALWAYS, *(_IN_16_BITS if recipe.training.precision != "fp32" and layout.keeps_fp32 else ())),
         gaps=find_gaps(recipe, layout),
         data_parallel=data_parallel_size(recipe),
         micro_batches=micro_batches(recipe),

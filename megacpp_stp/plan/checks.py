@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.checkpoint import check_checkpoint
 from megacpp_stp.plan.lowering import HybridPlan
+from megacpp_stp.plan.stp import check_stp
 from megacpp_stp.recipe.blocks import Attention, M2rnn, Mamba2, Mamba3, Mla
 from megacpp_stp.recipe.schema import Recipe
-
-MOST_ROWS = 4096  # of one tap's seam: a comparison matrix of 16 M entries
 
 
 def data_parallel_size(recipe: Recipe) -> int:
@@ -67,8 +67,10 @@ def check(recipe: Recipe, layout: HybridPlan) -> None:
     _check_ranks(recipe, layout)
     _check_backend(recipe)
     _check_recompute(recipe)
-    _check_stp(recipe)
+    check_stp(recipe)
     _check_optimizer(recipe)
+    _check_precision(recipe)
+    check_checkpoint(recipe, layout)
 
 
 def _divides(size: int, total: int, *, field: str, of: str, fix: str = "use a divisor") -> None:
@@ -333,40 +335,28 @@ def _check_recompute(recipe: Recipe) -> None:
             )
 
 
-def _check_stp(recipe: Recipe) -> None:
-    stp = recipe.stp
-    if stp is None:
-        return
-    if list(stp.taps) != sorted(set(stp.taps)):
+def _check_precision(recipe: Recipe) -> None:
+    training, scale = recipe.training, recipe.training.loss_scale
+    if training.fused_cross_entropy == "cut-cross-entropy" and training.precision == "fp32":
         raise UserError(
-            "must rise and not repeat",
-            field="stp.taps",
-            value=list(stp.taps),
-            fix=f"write {sorted(set(stp.taps))}",
+            "is exact in 16 bits only",
+            field="training.fused_cross_entropy",
+            value=training.fused_cross_entropy,
+            fix="use torch, or training.precision bf16",
         )
-    each = 3 * recipe.training.micro_batch_size
-    rows = each * stp.n_spans
-    if each > MOST_ROWS:
+    if (training.precision == "fp16") != (scale is not None):
         raise UserError(
-            f"gives STP {each} rows for one span, and the seam compares each with each; at most {MOST_ROWS}",
-            field="training.micro_batch_size",
-            value=recipe.training.micro_batch_size,
-            fix=f"use at most {max(MOST_ROWS // (3 * stp.n_spans), 1)}",
+            "is for fp16 alone" if scale else "fp16 needs it: small gradients would vanish",
+            field="training.loss_scale",
+            value=None if scale is None else scale.initial,
+            fix="write null" if scale else "write {initial: 65536.0, minimum: 1.0, window: 1000, hysteresis: 2}",
         )
-    if rows > MOST_ROWS:
+    if scale and scale.minimum > scale.initial:
         raise UserError(
-            f"3 positions x {stp.n_spans} spans x micro_batch_size {recipe.training.micro_batch_size} are {rows} rows, "
-            f"and the seam compares each with each; at most {MOST_ROWS}",
-            field="stp.n_spans",
-            value=stp.n_spans,
-            fix=f"use at most {MOST_ROWS // each}, or a micro_batch_size of at most {MOST_ROWS // (3 * stp.n_spans)}",
-        )
-    if stp.weight > 0 and stp.start_step >= recipe.training.iterations:
-        raise UserError(
-            f"the gate opens at iteration {stp.start_step}, but the run ends after {recipe.training.iterations}",
-            field="stp.start_step",
-            value=stp.start_step,
-            fix="open it earlier, or set stp.weight to 0 to measure only",
+            f"is above training.loss_scale.initial {scale.initial}",
+            field="training.loss_scale.minimum",
+            value=scale.minimum,
+            fix="lower it",
         )
 
 

@@ -31,14 +31,7 @@ class Gap:
 
 def find_gaps(recipe: Recipe, layout: HybridPlan) -> tuple[Gap, ...]:
     """All gaps of a plan, in the order of the recipe."""
-    return (*_model_gaps(recipe, layout), *_recurrent_gaps(recipe, layout), *_parallel_gaps(recipe, layout))
-
-
-def _model_gaps(recipe: Recipe, layout: HybridPlan) -> Iterator[Gap]:
-    if recipe.model.backend == "te":
-        yield Gap("model.backend", "the Transformer Engine spec of the NAM stack is not built yet")
-    if numbers := layout.numbers("mamba2"):
-        yield Gap("model.families.M", f"the Mamba-2 mixer at layers {_short(numbers)} is not built yet")
+    return (*_recurrent_gaps(recipe, layout), *_parallel_gaps(recipe, layout))
 
 
 def _recurrent_gaps(recipe: Recipe, layout: HybridPlan) -> Iterator[Gap]:

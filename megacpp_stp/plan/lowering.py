@@ -7,12 +7,14 @@ multi-token prediction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.stp import FINAL_NORM, Taps, resolve_taps
 from megacpp_stp.recipe.blocks import Attention, Mla, StandIn
 from megacpp_stp.recipe.pattern import Block, Pattern, PatternError, parse_pattern
 from megacpp_stp.recipe.schema import Recipe
@@ -72,6 +74,7 @@ class HybridPlan:
         stages: Blocks on each segment.
         mtp: The layers of one depth of multi-token prediction, on the last segment.
         mtp_depths: How many depths there are.
+        final_norm_tapped: Whether STP reads the hidden states after the final norm too.
     """
 
     source: str
@@ -81,6 +84,7 @@ class HybridPlan:
     stages: tuple[int, ...]
     mtp: tuple[Layer, ...]
     mtp_depths: int
+    final_norm_tapped: bool
 
     @cached_property
     def segments(self) -> tuple[tuple[Layer, ...], ...]:
@@ -107,6 +111,12 @@ class HybridPlan:
     def keeps_fp32(self) -> bool:
         """Whether a layer has parameters that stay fp32 in a 16-bit model."""
         return any(layer.kind in _SLOT_SEAMS for layer in self.layers)
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        """The taps in order: layer number and family letter, as ``6:A``, then ``final-norm``."""
+        layers = tuple(f"{layer.number}:{layer.family}" for layer in self.layers if layer.tapped)
+        return (*layers, FINAL_NORM) if self.final_norm_tapped else layers
 
     def seams(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """Layer numbers without an exact counterpart in Megatron, by source family and what is special."""
@@ -135,10 +145,11 @@ def lower(recipe: Recipe, *, stages: tuple[int, ...]) -> HybridPlan:
     pattern = parse_pattern(recipe.model.pattern, depth=recipe.model.depth)
     sparse = _sparse_blocks(recipe, pattern)
     segments = _segments_of_blocks(recipe, stages)
-    taps = set(recipe.stp.taps) if recipe.stp else set()
+    kinds = {block: tuple(_kinds(recipe, block, sparse=sparse)) for block in pattern.blocks}
+    taps = _taps(recipe, kinds)
     layers: list[Layer] = []
     for block in pattern.blocks:
-        for kind, seam in _kinds(recipe, block, sparse=sparse):
+        for kind, seam in kinds[block]:
             layers.append(
                 Layer(
                     number=len(layers) + 1,
@@ -148,10 +159,9 @@ def lower(recipe: Recipe, *, stages: tuple[int, ...]) -> HybridPlan:
                     family=block.family,
                     segment=segments[block.number - 1],
                     seam=seam,
-                    tapped=len(layers) + 1 in taps,
+                    tapped=len(layers) + 1 in taps.layers,
                 )
             )
-    _check_taps(recipe, layers)
     return HybridPlan(
         source=str(pattern),
         layers=tuple(layers),
@@ -160,6 +170,7 @@ def lower(recipe: Recipe, *, stages: tuple[int, ...]) -> HybridPlan:
         stages=stages,
         mtp=tuple(_mtp_layers(recipe, segment=len(stages) - 1)),
         mtp_depths=recipe.model.mtp.depths if recipe.model.mtp else 0,
+        final_norm_tapped=taps.final_norm,
     )
 
 
@@ -224,16 +235,11 @@ def _mtp_layers(recipe: Recipe, *, segment: int) -> Iterator[Layer]:
             yield Layer(number, SYMBOLS[kind], kind, block.number, letter, segment, seam, tapped=False)
 
 
-def _check_taps(recipe: Recipe, layers: list[Layer]) -> None:
-    taps = recipe.stp.taps if recipe.stp else ()
-    missing = sorted(tap for tap in taps if tap > len(layers))
-    if missing:
-        raise UserError(
-            f"layer {missing[0]} does not exist: the pattern lowers to {len(layers)} layers",
-            field="stp.taps",
-            value=list(taps),
-            fix=f"use numbers from 1 to {len(layers)}",
-        )
+def _taps(recipe: Recipe, kinds: Mapping[Block, Sequence[object]]) -> Taps:
+    if recipe.stp is None:
+        return Taps((), final_norm=False)
+    ends = accumulate(map(len, kinds.values()))
+    return resolve_taps(recipe.stp, [(block.family, end) for block, end in zip(kinds, ends, strict=True)])
 
 
 def _segments_of_blocks(recipe: Recipe, stages: tuple[int, ...]) -> list[int]:

@@ -23,6 +23,11 @@ H200_BYTES = 141 * 10**9
 """As the data sheet has it: 141 GB = 131.3 GiB. Drivers report somewhat more, which is not counted on."""
 
 Phase = Literal["always", "passes", "step"]
+_LOGITS = {
+    False: "fp32 softmax of each output head, and the main one's logits beside it",
+    True: "of each output head, two numbers a token, and the fp32 gradient of its hidden states in backward",
+}
+"""By whether the loss is fused with the output layer."""
 _PHASES: tuple[Phase, ...] = ("always", "passes", "step")
 
 
@@ -162,7 +167,7 @@ def _working(recipe: Recipe, stages: Sequence[Sequence[Footprint]], in_flight: H
             largest.again - largest.scores_again - largest.attention_pass - largest.indexer_loss,
             "all else that recomputation brings back of the largest layer, in its backward pass",
         ),
-        ("logits", lambda one: one.logits, 0, "fp32 softmax of each output head, and the main one's logits beside it"),
+        ("logits", lambda one: one.logits, 0, _LOGITS[recipe.training.fused_cross_entropy is not None]),
     )
     for name, size, more, note in rows:
         held = amount(in_flight, [sum(size(one) for one in stage) for stage in stages]) + more

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from megacpp_stp.plan.build import ENTRY_MODULE, RunPlan
 from megacpp_stp.plan.lowering import HybridPlan, Layer
+from megacpp_stp.recipe.schema import Stp
 
 _TAP_MARK = "^"
 _RANK_COLUMN = 17
@@ -106,7 +107,7 @@ def _columns(layout: HybridPlan, segment: int) -> list[_Column]:
     if segment == len(layout.segments) - 1:
         families, symbols = ("".join(getattr(layer, name) for layer in layout.mtp) for name in ("family", "symbol"))
         found += [(f"mtp {depth}", families, symbols, "") for depth in range(1, layout.mtp_depths + 1)]
-        found.append(("loss", "", "", ""))
+        found.append(("loss", "", "", _TAP_MARK if layout.final_norm_tapped else ""))
     return found
 
 
@@ -191,16 +192,20 @@ def _stp(plan: RunPlan) -> Text:
     stp = plan.recipe.stp
     if stp is None:
         return Text("stp: none")
-    last = plan.recipe.training.iterations
-    when = (
-        f"measured from the start, gradient from iteration {stp.start_step + 1} of {last}"
-        if stp.weight > 0
-        else "measured only (weight 0)"
-    )
+    what = "spans" if stp.objective == "triple" else "chords"
+    where = f" of at most {stp.max_span} positions" if stp.max_span else ""
+    where += " inside documents" if stp.within_documents else ""
     return Text(
-        f"stp: weight {stp.weight}, {stp.n_spans} spans a sequence, taps after layers "
-        f"{' '.join(map(str, stp.taps))}; {when}"
+        f"stp: weight {stp.weight}, {stp.n_spans} {what} a sequence{where}, taps after layers "
+        f"{' '.join(plan.layout.tap_names)}; {_schedule(stp, last=plan.recipe.training.iterations)}"
     )
+
+
+def _schedule(stp: Stp, *, last: int) -> str:
+    if stp.weight == 0:
+        return "measured only (weight 0)"
+    full = f", all of it from {stp.start_step + stp.ramp_steps}" if stp.ramp_steps > 1 else ""
+    return f"measured from the start, gradient from iteration {stp.start_step + 1} of {last}{full}"
 
 
 def explain(plan: RunPlan) -> Iterator[str]:

@@ -177,7 +177,7 @@ def _kind(node: Mapping[str, Any]) -> str:
     if "patternProperties" in node:
         return "mapping of names to values"
     if node.get("type") == "array":
-        return f"list of {_kind(node.get('items', {}))}"
+        return f"list of {' or '.join(_kind(option) for option in _options(node.get('items', {})))}"
     bounds = (
         (">=", node.get("minimum")),
         (">", node.get("exclusiveMinimum")),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def restore_recipe(stored: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a plan holds.
+
+    Args:
+        stored: The ``recipe`` of a plan as plain data.
+        overrides: As for `load_recipe`; they come after those that the recipe has been resolved with.
+
+    Raises:
+        UserError: It is no recipe of this version, or an override is wrong.
+    """
+    data = copy.deepcopy(dict(stored))
+    earlier = data.pop("overrides", [])
+    for override in overrides:
+        _apply_override(data, override)
+    recipe = _validate({**data, "overrides": [*earlier, *overrides]}, source="plan.json")
+    _check_families(recipe)
+    return recipe
+
+
 def _read(path: Path) -> dict[str, Any]:
     data = read_yaml(path)
     if not isinstance(data, dict):
@@ -158,8 +178,11 @@ def _explain(error: ValidationError, *, source: str) -> UserError:
 
 def _where(location: tuple[Any, ...]) -> str:
     """The path as ``--set`` writes it."""
-    if location[:1] == ("megatron",):  # below it are no keys, only the types that pydantic tried
+    # Below these are no keys, only the types that pydantic tried.
+    if location[:1] == ("megatron",):
         location = location[:2]
+    if location[:2] == ("stp", "taps"):
+        location = location[:3]
     return ".".join(
         str(part)
         for part in location
@@ -184,6 +207,9 @@ def _finding(item: Any, where: str) -> tuple[str, str]:
         return "is no option of Megatron", "use its name without the dashes in front, as log-throughput"
     if where.startswith("megatron."):
         return f"is no value of an option (got {shown})", "use text, a number, a list of those, or true for no value"
+    if where.startswith("stp.taps"):
+        what = "is no list of places" if where == "stp.taps" else "is no place"
+        return f"{what} (got {shown})", "list layer numbers from 1, final, final-norm or {family: A, last: 3}"
     if where == "parallel.stages":
         return f"is no list of numbers (got {shown})", "write the number of blocks of each stage, or auto"
     problem = f"{item['msg'][0].lower()}{item['msg'][1:]} (got {shown})"

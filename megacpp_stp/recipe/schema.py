@@ -23,6 +23,7 @@ from megacpp_stp.recipe.section import NonNegative, Positive, Rate, Section
 __all__ = [
     "Attention",
     "Families",
+    "LastOfFamily",
     "M2rnn",
     "Mamba2",
     "Mamba3",
@@ -85,19 +86,38 @@ class Model(Section):
     """Whose modules: "te" is Transformer Engine's, for production; "torch" needs none of it and runs on CPU and GPU."""
 
 
+class LastOfFamily(Section):
+    """The last blocks of one family; each is read after its last layer."""
+
+    family: Literal["A", "E", "M", "R"]
+    last: Positive
+    """How many blocks, counted from the end of the pattern."""
+
+
 class Stp(Section):
     """Semantic Tube Prediction, the trajectory-straightness loss."""
 
+    objective: Literal["triple", "chord"]
+    """triple: 1 - cos of two neighbouring steps. chord: a patch of the path against all that is before and after it."""
     weight: Rate
     """Factor of the mean STP loss over all taps. 0 measures without training on it."""
     n_spans: Positive
-    """Triples a sequence and tap."""
+    """Triples a sequence and tap; patches for chord."""
+    max_span: Annotated[int, Field(ge=2, lt=2**53)] | None
+    """Longest distance from the first to the last position of a triple; null for the whole sequence."""
+    within_documents: bool
+    """Whether spans stay inside one document of a packed sequence."""
     start_step: Annotated[int, Field(ge=0, lt=2**32)]
     """First iteration (counted from 0) whose gradient has the STP term; before it STP is only measured."""
-    taps: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Global Megatron layer numbers (1-based) after which hidden states are read."""
+    ramp_steps: Annotated[int, Field(ge=0, lt=2**32)]
+    """Iterations over which the weight rises, linearly, once the gate is open; 0 for the whole weight at once."""
+    taps: Annotated[tuple[Positive | Literal["final", "final-norm"] | LastOfFamily, ...], Field(min_length=1)]
+    """Where hidden states are read: after global Megatron layer numbers (1-based), `final` for after the last layer,
+    `final-norm` for after the final norm, `{family: A, last: 3}` for after the last blocks of a family."""
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Key of the triple sampler; Megatron's random streams are not touched."""
+    diagnose_every: NonNegative
+    """Iterations between two measurements of effective rank, clock share and gradient share; 0 for none."""
 
 
 class Parallel(Section):
@@ -123,6 +143,28 @@ class Recompute(Section):
     """For selective: Megatron's names. Empty for full."""
 
 
+class Checkpoint(Section):
+    """What a run saves of itself, to go on from after it was stopped."""
+
+    interval: Positive
+    """Iterations between two checkpoints. The end of the run is saved in any case."""
+    keep_every: Positive | None
+    """Iterations between checkpoints that stay; each other one is deleted once the next is whole. null: all stay."""
+
+
+class LossScale(Section):
+    """Dynamic scaling of the loss, so that fp16 gradients do not vanish; the optimizer takes it out again."""
+
+    initial: Annotated[float, Field(ge=1.0)]
+    """What it begins with."""
+    minimum: Annotated[float, Field(ge=1.0)]
+    """Where it stops falling."""
+    window: Positive
+    """Steps without an overflow after which it doubles."""
+    hysteresis: Positive
+    """Overflows, each of which skips its step, until it halves."""
+
+
 class Training(Section):
     """The loop."""
 
@@ -131,13 +173,19 @@ class Training(Section):
     micro_batch_size: Positive
     global_batch_size: Positive
     seed: Annotated[int, Field(gt=0, lt=2**31)]
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    loss_scale: LossScale | None
+    """For fp16 alone; null otherwise."""
     log_interval: Positive
     eval_interval: Positive
     eval_iterations: NonNegative
     """Batches an evaluation; 0 for none."""
     recompute: Recompute | None
     """null: everything is kept."""
+    fused_cross_entropy: Literal["torch", "cut-cross-entropy"] | None
+    """What computes the loss without keeping logits, on whose kernels; null: Megatron's own loss, which keeps them."""
+    checkpoint: Checkpoint | None
+    """null: nothing is saved, and a run that was stopped cannot go on."""
 
 
 class Optimizer(Section):

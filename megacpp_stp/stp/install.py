@@ -9,10 +9,11 @@ from torch import nn
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.stp.config import StpConfig
+from megacpp_stp.stp.diagnosis import Diagnosis
 from megacpp_stp.stp.layout import sequence_layout
+from megacpp_stp.stp.microbatch import Announcement
 from megacpp_stp.stp.scale import install_scale_hook
 from megacpp_stp.stp.taps import StpTaps
-from megacpp_stp.stp.tokens import TokenCount
 
 
 def install_stp(
@@ -32,18 +33,48 @@ def install_stp(
         UserError: A megatron-core or a mode in which the gradient would not be exact.
     """
     transformer_config: Any = chunks[0].config
-    groups: Any = chunks[0].pg_collection
-    _refuse_sharded_weights(transformer_config)
-    layout = sequence_layout(transformer_config, groups)
-    tokens = TokenCount(
-        wanted=transformer_config.calculate_per_token_loss,
-        context_group=groups.cp if layout.context_size > 1 else None,
-    )
-    taps = StpTaps(config, iteration=iteration, data_rank=data_rank, layout=layout, tokens=tokens)
-    install_scale_hook(transformer_config, taps.scale)
+    taps = make_taps(config, transformer_config, chunks[0].pg_collection, iteration=iteration, data_rank=data_rank)
     for chunk in chunks:
         stack: Any = chunk.decoder
         taps.attach(stack)
+    return taps
+
+
+def make_taps(
+    config: StpConfig, transformer_config: Any, groups: Any, *, iteration: Callable[[], int], data_rank: int
+) -> StpTaps:
+    """Taps that the schedules feed with their scale, to attach to each stack of this rank. Arguments as above.
+
+    Args:
+        config: The run's STP policy.
+        transformer_config: Of all the rank's stacks.
+        groups: Megatron's ProcessGroupCollection.
+        iteration: As in `install_stp`.
+        data_rank: As in `install_stp`.
+
+    Raises:
+        UserError: As `install_stp`.
+    """
+    _refuse_sharded_weights(transformer_config)
+    layout = sequence_layout(transformer_config, groups)
+    taps = StpTaps(
+        config,
+        iteration=iteration,
+        data_rank=data_rank,
+        layout=layout,
+        announcement=Announcement(
+            tokens=transformer_config.calculate_per_token_loss,
+            documents=config.within_documents,
+            context_group=groups.cp if layout.context_size > 1 else None,
+        ),
+        diagnosis=Diagnosis(
+            config,
+            hidden_size=transformer_config.hidden_size,
+            copies=layout.context_size,
+            shard_group=groups.tp if layout.tensor_size > 1 else None,
+        ),
+    )
+    install_scale_hook(transformer_config, taps.scale)
     return taps
 
 

@@ -15,7 +15,7 @@ from megacpp_stp.stp.seam import GradScale
 HOOK = "experimental_attention_variant_loss_scale_func"
 
 
-def row_factor(config: StpConfig, *, tokens: Tensor | None) -> Tensor | float:
+def row_factor(config: StpConfig, *, iteration: int, tokens: Tensor | None) -> Tensor | float:
     """What the seam multiplies dL/dh with, beside the value that the schedule hands to `HOOK`.
 
     Wanted is the gradient of ``lm_loss + weight * STP``, times the optimizer's loss scale S. Per microbatch i of data
@@ -47,12 +47,14 @@ def row_factor(config: StpConfig, *, tokens: Tensor | None) -> Tensor | float:
     * Pipeline and virtual stages partition the taps, which are counted globally. Nothing else changes.
     * Ramp-up of the global batch: M and N are those of the step that runs, both come from the schedule.
     * Neither MoE nor MTP has a part in it.
+    * The weight is that of the iteration, `StpConfig.weight_at`.
 
     Args:
         config: With the taps of all stages.
+        iteration: Iterations completed before this one.
         tokens: n_id, a 0-dim fp32 tensor; None without per-token loss.
     """
-    factor = config.weight / len(config.taps)
+    factor = config.weight_at(iteration) / len(config.taps)
     return factor if tokens is None else factor * tokens
 
 

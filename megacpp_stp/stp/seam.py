@@ -8,12 +8,19 @@ graph from the loss to the hidden state: the auxiliary gradient joins the main o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.stp.seam_dense import inject_dense
+
+_SPARSE_DEVICES = ("cpu", "cuda")
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Takes the squared size of the gradient that arrives and that of what is added to it: 0-dim fp64 tensors."""
 
 
 class GradScale:
@@ -21,18 +28,25 @@ class GradScale:
 
     megatron-core's schedules set it after each forward step of each stage (see `megacpp_stp.stp.scale`); the seam
     reads it in backward. The tensor is updated in place, so that a captured CUDA graph sees the change.
+
+    Args:
+        device: Where the value will be; a wrong one costs a compiled step one more compilation.
     """
 
-    def __init__(self) -> None:
-        self._value: Tensor | None = None
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        # NaN, so that a graph that was compiled before the first `set` cannot pass for one that has a scale.
+        self._value = torch.full((), torch.nan, device=device)
+        self._known = False
 
     def set(self, value: Tensor) -> None:
         """Take over a scalar or size-1 tensor."""
         value = value.detach().reshape(())
-        if self._value is None or self._value.device != value.device:
+        self._known = True
+        if self._value.device != value.device:
             self._value = value.to(torch.float32).clone()
         else:
-            self._value.copy_(value)
+            # Past the version counter: a compiled graph that saved the tensor reads what it holds by then.
+            self._value.data.copy_(value)
 
     def get(self) -> Tensor:
         """The current factor, a 0-dim fp32 tensor.
@@ -40,12 +54,17 @@ class GradScale:
         Raises:
             UserError: Nothing has set it: the schedule in use does not call the hook.
         """
-        if self._value is None:
+        if not self._known:
             raise UserError(
                 "the pipeline schedule never set the STP gradient scale",
                 field="stp",
                 fix="use megatron-core's own schedules, 0.19 or newer",
             )
+        return self._value
+
+    @property
+    def tensor(self) -> Tensor:
+        """What `set` writes to as long as it is handed tensors of one device; NaN before it."""
         return self._value
 
 
@@ -70,24 +89,49 @@ def coalesce(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class _Seam(torch.autograd.Function):
-    """Identity forward; backward adds ``rows * scale`` at ``index``."""
+    """Identity forward; backward adds ``rows * scale`` at ``index``, in place where nobody else holds the gradient.
+
+    The hidden state enters twice, so that backward may answer with two gradients: the rows, as a sparse tensor, and
+    the passing one as it came. Autograd sums them (torch/csrc/autograd/input_buffer.cpp, `accumulate`): into the
+    later one if that is contiguous and neither it nor its storage has another holder, as it has when a residual
+    branch is yet to read it; into a new tensor otherwise. So the rows come first.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, rows: Tensor, index: Tensor, scale: GradScale) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        again: Tensor,
+        rows: Tensor,
+        index: Tensor,
+        scale: GradScale,
+        observer: Observer | None,
+    ) -> Tensor:
         ctx.save_for_backward(rows, index)
         ctx.scale = scale
+        ctx.observer = observer
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         rows, index = ctx.saved_tensors
         addend = (rows * ctx.scale.get()).to(grad.dtype)
-        # Out of place: a residual branch may hold the very same gradient tensor.
-        flat = grad.reshape(-1, grad.shape[-1]).index_add(0, index, addend)
-        return flat.view(grad.shape), None, None, None
+        if ctx.observer is not None:
+            ctx.observer(_squared_size(grad), _squared_size(addend))
+        where = torch.stack((index // grad.shape[1], index % grad.shape[1]))
+        # Checking the positions would wait for the device.
+        sparse = torch.sparse_coo_tensor(where, addend, grad.shape, check_invariants=False)
+        # On a GPU a sparse tensor can only be added to a contiguous one.
+        return sparse, grad.contiguous(), None, None, None, None
 
 
-def inject(hidden: Tensor, rows: Tensor, index: Tensor, scale: GradScale) -> Tensor:
+def _squared_size(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+
+
+def inject(
+    hidden: Tensor, rows: Tensor, index: Tensor, scale: GradScale, *, observer: Observer | None = None
+) -> Tensor:
     """Pass `hidden` through unchanged and add ``scale * rows`` to its gradient in backward.
 
     Args:
@@ -95,9 +139,14 @@ def inject(hidden: Tensor, rows: Tensor, index: Tensor, scale: GradScale) -> Ten
         rows: ``[m, h]`` fp32 (fp64 for fp64 states), the auxiliary gradient without the schedule's scale.
         index: ``[m]`` int64 into the ``s * b`` rows of `hidden`; duplicates are summed.
         scale: Read when backward runs.
+        observer: Called in backward; one more pass over the gradient. None for none.
 
     Returns:
         A tensor equal to `hidden` bit for bit. It is a view: where Megatron frees stage outputs, the stack's own
         `make_viewless_tensor` at its end takes care of it.
     """
-    return _Seam.apply(hidden, coalesce(rows, index), index, scale)
+    rows = coalesce(rows, index)
+    if torch.compiler.is_compiling() or hidden.device.type not in _SPARSE_DEVICES:
+        assert observer is None, "observed in eager mode on a CPU or CUDA device alone"
+        return inject_dense(hidden, rows, index, scale.tensor)
+    return _Seam.apply(hidden, hidden, rows, index, scale, observer)

@@ -1,25 +1,28 @@
 """Taps: where hidden states are read, measured and, once the gate is open, given the STP gradient.
 
-Letters: s sequence, p positions of it on this rank, b batch, h hidden, K spans a sequence, n = K * b triples.
+Letters: s sequence, p positions of it on this rank, b batch, h hidden, K spans a sequence, m points a span,
+n = K * b spans, w positions sampled for the diagnosis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.stp.config import StpConfig
+from megacpp_stp.stp.config import FINAL_NORM, StpConfig
+from megacpp_stp.stp.diagnosis import Diagnosis
 from megacpp_stp.stp.layout import SequenceLayout
 from megacpp_stp.stp.meter import Meter
-from megacpp_stp.stp.objective import stp_terms
-from megacpp_stp.stp.sampler import DrawKey, draw_triples
+from megacpp_stp.stp.microbatch import Announcement, Facts
+from megacpp_stp.stp.sampler import DrawKey
 from megacpp_stp.stp.scale import row_factor
 from megacpp_stp.stp.seam import GradScale, inject
-from megacpp_stp.stp.tokens import TokenCount
+from megacpp_stp.stp.spans import draw_spans, span_terms
 
 
 class Place(NamedTuple):
@@ -28,12 +31,12 @@ class Place(NamedTuple):
     Attributes:
         iteration: Iterations completed before it.
         microbatch: Number of the microbatch within the iteration.
-        tokens: How many of its tokens count, a 0-dim tensor; None without per-token loss.
+        facts: What the forward step said of the microbatch.
     """
 
     iteration: int
     microbatch: int
-    tokens: Tensor | None = None
+    facts: Facts = Facts()
 
 
 class StpTaps:
@@ -44,7 +47,8 @@ class StpTaps:
         iteration: Called in forward; returns the number of iterations completed.
         data_rank: This rank's place in its data-parallel group.
         layout: This rank's share of each sequence; all of it when None.
-        tokens: Counts the tokens of each microbatch under per-token loss; not counted when None.
+        announcement: Knows what the forward step says of each microbatch; nothing is wanted when None.
+        diagnosis: Measures in depth now and then; never when None.
     """
 
     def __init__(
@@ -54,7 +58,8 @@ class StpTaps:
         iteration: Callable[[], int],
         data_rank: int,
         layout: SequenceLayout | None = None,
-        tokens: TokenCount | None = None,
+        announcement: Announcement | None = None,
+        diagnosis: Diagnosis | None = None,
     ) -> None:
         self.config = config
         self.scale = GradScale()
@@ -62,17 +67,19 @@ class StpTaps:
         self._iteration = iteration
         self._data_rank = data_rank
         self._layout = layout or SequenceLayout()
-        self._tokens = tokens or TokenCount(wanted=False)
+        self.diagnosis = diagnosis
+        self._announcement = announcement or Announcement()
 
-    def set_tokens(self, count: Tensor) -> None:
-        """Say how many tokens of the coming microbatch count; the forward step calls it, on every stage.
-
-        It does nothing without ``--calculate-per-token-loss``.
+    def set_microbatch(self, *, tokens: Tensor | None = None, documents: Tensor | None = None) -> None:
+        """Say what STP must know of the coming microbatch; the forward step calls it, on every stage.
 
         Args:
-            count: Scalar: the number of tokens that the loss function will return for this rank's part of it.
+            tokens: Scalar: the number of tokens that the loss function will return for this rank's part of it. Read
+                under ``--calculate-per-token-loss`` alone.
+            documents: ``[b, s]`` integers of the whole sequence, see `megacpp_stp.stp.documents`. Read where spans
+                stay inside documents alone.
         """
-        self._tokens.set(count)
+        self._announcement.set(tokens=tokens, documents=documents)
 
     def attach(self, stack: nn.Module) -> tuple[int, ...]:
         """Tap the layers of one Megatron stage (its ``layers`` carry global numbers).
@@ -81,16 +88,17 @@ class StpTaps:
             stack: A HybridStack, before it is wrapped in DDP.
 
         Returns:
-            The layer numbers tapped on this stage; none is fine, another stage may have them.
+            The taps on this stage; none is fine, another stage may have them.
 
         Raises:
             UserError: A mode in which a layer's forward hook would not run, or not as it must.
         """
         _refuse_modes(stack.config)
-        tapped = [layer for layer in stack.layers if layer.layer_number in self.config.taps]
-        if tapped:
-            _Stage(self, stack, tapped)
-        return tuple(layer.layer_number for layer in tapped)
+        tapped = {layer.layer_number: layer for layer in stack.layers if layer.layer_number in self.config.taps}
+        norm = getattr(stack, "final_norm", None) if FINAL_NORM in self.config.taps else None
+        if tapped or norm is not None:
+            _Stage(self, stack, tuple(tapped.values()), norm)
+        return (*tapped, *(() if norm is None else (FINAL_NORM,)))
 
     def place(self, layer: nn.Module, *, stage: object) -> Place:
         """What the forward that `layer` is in is for.
@@ -107,7 +115,7 @@ class StpTaps:
                 fix="use megatron-core's own schedules, 0.19 or newer",
             )
         iteration = self._iteration()
-        return Place(iteration, microbatch, self._tokens.of((iteration, microbatch, stage)))
+        return Place(iteration, microbatch, self._announcement.of((iteration, microbatch, stage)))
 
     def refuse_packed(self, kwargs: dict[str, Any]) -> None:
         """Whether a layer's arguments leave the owner of each position known.
@@ -123,42 +131,72 @@ class StpTaps:
                 fix="use 1, or unpacked samples",
             )
 
-    def read(self, hidden: Tensor, *, layer: int, place: Place) -> Tensor:
+    def read(self, hidden: Tensor, *, tap: int, place: Place) -> Tensor:
         """Measure STP on `hidden`, and add its gradient when the gate is open.
 
         All ranks that share a sequence must read: the sampled rows are summed over them.
 
         Args:
             hidden: ``[p, b, h]``, this rank's part of sequences of at least 3 positions.
-            layer: Global layer number.
+            tap: Global layer number, or `FINAL_NORM`.
             place: What the forward is for.
 
         Returns:
             `hidden` itself while the gate is closed; else a tensor equal to it bit for bit.
         """
-        held, batch, width = hidden.shape
-        length = self._layout.whole(held)
-        key = DrawKey(
+        length, batch = self._layout.whole(hidden.shape[0]), hidden.shape[1]
+        spans, allowed = draw_spans(
+            self.config,
+            self._key(tap, place),
+            length=length,
+            batch=batch,
+            device=hidden.device,
+            documents=place.facts.documents,
+        )
+        allowed = None if allowed is None else allowed.reshape(-1)
+        rows, index, mine = self._gather(hidden, spans, length=length)
+        tolerance = torch.finfo(hidden.dtype).eps
+        terms = span_terms(self.config, rows, tolerance=tolerance, allowed=allowed)
+        self.meter.add(tap, loss=terms.loss, valid=terms.valid, triples=rows.shape[1], weight=place.facts.tokens)
+        observer = None
+        if self.diagnosis is not None and self.config.is_diagnosed(place.iteration):
+            even = self.diagnosis.positions(length=length, batch=batch, device=hidden.device)
+            states = self._gather(hidden, even, length=length)[0]
+            self.diagnosis.add_states(
+                tap, states=states, rows=rows, allowed=allowed, tolerance=tolerance, rank=place.microbatch == 0
+            )
+            observer = partial(self.diagnosis.add_gradient, tap)
+        if not self.config.is_active(place.iteration):
+            return hidden
+        factor = row_factor(self.config, iteration=place.iteration, tokens=place.facts.tokens)
+        gradient = terms.grad.reshape(-1, rows.shape[-1]) * factor
+        # A row that another rank holds adds nothing here; it stands at position 0, so that shapes are static.
+        gradient = torch.where(mine.unsqueeze(-1), gradient, 0)
+        return inject(hidden, gradient, index, self.scale, observer=observer)
+
+    def _key(self, tap: int, place: Place) -> DrawKey:
+        return DrawKey(
             seed=self.config.seed,
             iteration=place.iteration,
             microbatch=place.microbatch,
             data_rank=self._data_rank,
-            layer=layer,
+            layer=tap,
         )
-        triples = draw_triples(key, length=length, batch=batch, n_spans=self.config.n_spans, device=hidden.device)
-        local, mine = self._layout.locate(triples, length=length)
+
+    def _gather(self, hidden: Tensor, positions: Tensor, *, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The states at positions ``[m, K, b]`` of the whole sequence.
+
+        Returns:
+            Rows ``[m, n, h]`` in fp32 or fp64; where they are among this rank's ``p * b``, ``[m * n]`` int64, and
+            whether they are this rank's at all, ``[m * n]`` bool.
+        """
+        held, batch, width = hidden.shape
+        local, mine = self._layout.locate(positions, length=length)
         index = (local * batch + torch.arange(batch, device=hidden.device)).reshape(-1)
         mine = mine.reshape(-1)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         rows = hidden.detach().reshape(held * batch, width).index_select(0, index).to(dtype)
-        rows = self._layout.share(rows, mine).view(3, -1, width)
-        terms = stp_terms(rows, tolerance=torch.finfo(hidden.dtype).eps)
-        self.meter.add(layer, loss=terms.loss, valid=terms.valid, triples=rows.shape[1], weight=place.tokens)
-        if not self.config.is_active(place.iteration):
-            return hidden
-        gradient = terms.grad.reshape(-1, width) * row_factor(self.config, tokens=place.tokens)
-        # A row that another rank holds adds nothing here; it stands at position 0, so that shapes are static.
-        return inject(hidden, torch.where(mine.unsqueeze(-1), gradient, 0), index, self.scale)
+        return self._layout.share(rows, mine).view(positions.shape[0], -1, width), index, mine
 
 
 class _Stage:
@@ -170,12 +208,16 @@ class _Stage:
     output's gradient, which autograd computes before it recomputes any layer of this stack and microbatch.
     """
 
-    def __init__(self, taps: StpTaps, stack: nn.Module, tapped: list[nn.Module]) -> None:
+    def __init__(
+        self, taps: StpTaps, stack: nn.Module, tapped: tuple[nn.Module, ...], final_norm: nn.Module | None
+    ) -> None:
         self._taps = taps
-        self._layer = tapped[0]
+        self._layer: nn.Module = stack.layers[-1]
         self._recomputed: Place | None = None
         for layer in tapped:
             layer.register_forward_hook(self._after_layer, with_kwargs=True)
+        if final_norm is not None:
+            final_norm.register_forward_hook(self._after_norm)
         if stack.config.recompute_granularity == "full":
             stack.register_forward_hook(self._after_stack)
 
@@ -186,8 +228,14 @@ class _Stage:
         number: Any = layer.layer_number
         place = self._place_in_backward() if _in_backward() else self._taps.place(layer, stage=self)
         if isinstance(output, tuple):  # TransformerLayer: (hidden, context)
-            return (self._taps.read(output[0], layer=number, place=place), *output[1:])
-        return self._taps.read(output, layer=number, place=place)
+            return (self._taps.read(output[0], tap=number, place=place), *output[1:])
+        return self._taps.read(output, tap=number, place=place)
+
+    def _after_norm(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not (norm.training and torch.is_grad_enabled()):
+            return None
+        # Never recomputed: upstream checkpoints layers alone.
+        return self._taps.read(output, tap=FINAL_NORM, place=self._taps.place(self._layer, stage=self))
 
     def _after_stack(self, stack: nn.Module, args: Any, output: Tensor) -> None:
         if not (stack.training and output.requires_grad):

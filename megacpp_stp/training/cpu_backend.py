@@ -8,8 +8,7 @@ checkpoints) keeps to its CPU paths.
 What calls a torch function is redirected through a function mode.  A mode belongs to the thread that entered it: the
 backward pass of a CPU tensor runs in that thread, a data loader's pin-memory thread or a thread of your own does not.
 
-The device's default random stream is the CPU's, which building the data loaders advances: a resumed run with hidden
-dropout draws other numbers than one that was never stopped. Tracked streams (attention dropout) come back exactly.
+The device's default random stream is the CPU's; `megacpp_stp.training.streams` says what that means for a resumed run.
 
 Sites are megatron-core 0.19.2's, as ``folder/file.py:function``.
 """
@@ -18,12 +17,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import resource
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -31,6 +28,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.training.facts import resident_memory_stats
+from megacpp_stp.training.torch_adam import get_loadable_optimizer
 
 _MARK = "megacpp_stp_cpu_backend"
 
@@ -79,18 +78,6 @@ def _get_rng_state(device: object = "cuda") -> torch.Tensor:
 
 def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
     torch.set_rng_state(new_state)
-
-
-def _memory_stats(device: object = None) -> dict[str, Any]:
-    """Resident memory of this process, in the shape of the CUDA allocator's statistics."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    current = pages * os.sysconf("SC_PAGE_SIZE")
-    # The kernel brings the peak up to date later than the current size.
-    peak = max(current, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    resident = {"all": {"current": current, "peak": peak}}
-    # Nobody counts the allocations of the C library.
-    unknown = {"all": {"current": float("nan")}}
-    return {"allocated_bytes": resident, "reserved_bytes": resident, "allocation": unknown}
 
 
 def _initialize_megatron(*args: Any, **kwargs: Any) -> Any:
@@ -194,7 +181,7 @@ REDIRECTS: tuple[Redirect, ...] = (
     ),
     Redirect(
         target="torch.cuda.memory:memory_stats_as_nested_dict",
-        answer=_memory_stats,
+        answer=resident_memory_stats,
         sites=("training/utils/common_utils.py:report_memory", "training/training.py:training_log"),
         why="is empty without CUDA, so the log would say 0 MB; torch derives its four memory counters from it",
     ),
@@ -240,6 +227,13 @@ REDIRECTS: tuple[Redirect, ...] = (
         answer=_initialize_megatron,
         sites=("training/training.py:pretrain",),
         why="asserts a GPU unless it gets upstream's own allow_no_cuda, which pretrain() cannot pass on",
+    ),
+    Redirect(
+        target="megatron.training.training:get_megatron_optimizer",
+        answer=get_loadable_optimizer,
+        sites=("training/training.py:setup_model_and_optimizer",),
+        why="there are no CPU kernels but torch's Adam, from whose state upstream's distributed optimizer cannot load",
+        feature="resuming from a checkpoint",
     ),
     Redirect(
         target="megatron.core.tensor_parallel.random:_set_cuda_rng_state",

@@ -15,7 +15,11 @@ from typing import Any
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.failures import report_failure
+from megacpp_stp.runs.files import RECEIPT, read_json
+from megacpp_stp.runs.lock import rank_lock
+from megacpp_stp.runs.receipt import ALLOWED_UNREVIEWED
 from megacpp_stp.training.arguments import add_nam_arguments, read_plan, stp_config
+from megacpp_stp.training.orphans import die_with_parent
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,15 +31,17 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0, or 2 after a mistake that the user can mend, said on stderr.
     """
+    die_with_parent()  # torchrun ends its ranks, unless it is killed
     try:
         plan = read_plan(argv)
         directory = Path(argv[list(argv).index("--nam-run-dir") + 1])
-        with ExitStack() as undo, _reported(directory):
+        with ExitStack() as undo, rank_lock(directory), _reported(directory):
+            cpu_backend = None
             if plan["device"] == "cpu":
                 from megacpp_stp.training.cpu_backend import install
 
-                undo.enter_context(install())
-            _Rank(plan).run(undo)
+                cpu_backend = undo.enter_context(install())
+            _Rank(plan, cpu_backend=cpu_backend).run(undo, directory)
     except UserError as error:
         # From every rank: what is wrong on one stage may be right on the first.
         print(f"megacpp-stp: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
@@ -56,17 +62,20 @@ def _reported(directory: Path) -> Iterator[None]:
 class _Rank:
     """What one rank of a run holds; lives for one `main`."""
 
-    def __init__(self, plan: dict[str, Any]) -> None:
+    def __init__(self, plan: dict[str, Any], *, cpu_backend: Any) -> None:
         self._plan = plan
+        self._cpu_backend = cpu_backend
         self._rank = int(os.environ["RANK"])
         self._device = rank_device(plan["device"])
         self._writer: Any = None
-        self._patches: list[Any] = []
+        self._patches: Any = None
+        self._first_iteration_proven = False
+        self._fused: Any = None
 
-    def run(self, undo: ExitStack) -> None:
+    def run(self, undo: ExitStack, directory: Path) -> None:
         from megatron.training.arguments import parse_and_validate_args
 
-        self._patches = [undo.enter_context(patch) for patch in _planned_patches(self._plan["patches"])]
+        self._patches = undo.enter_context(_planned_patches(self._plan, directory, rank=self._rank))
         args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
         if self._rank == 0:
             from megacpp_stp.training.journal import Journal
@@ -88,53 +97,74 @@ class _Rank:
 
         from megacpp_stp.training.data import dataset_provider
         from megacpp_stp.training.step import ForwardStep
+        from megacpp_stp.training.streams import keep_loaded_stream
 
         recorder = self._recorder(args)
         model_config = hybrid_config_from_args(args)
+        self._patches.configure(model_config.transformer)
         recorder.install(model_config.transformer)
         model_config.pre_wrap_hooks.append(lambda chunks: self._before_wrap(chunks, args, recorder))
-        forward_step = ForwardStep(
-            device=self._device, recorder=recorder, check_nan=args.check_for_nan_in_loss_and_grad
+        provide: Any = dataset_provider()
+        forward_step: Any = ForwardStep(
+            device=self._device,
+            recorder=recorder,
+            end_of_document=self._manifest().tokenizer.eod_id,
+            # Upstream switches it off for fp16, whose gradients may overflow; a loss may not, there either.
+            check_nan=args.check_for_nan_in_loss_and_grad or args.fp16,
         )
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            dataset_provider(),
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
+        if args.load:
+            provide, forward_step = keep_loaded_stream(provide, forward_step)
+        config = pretrain_cfg_container_from_args(args, model_config)
+        pretrain(config, provide, ModelType.encoder_or_decoder, forward_step)
         recorder.end_evaluation()
 
-    def _recorder(self, args: Any) -> Any:
+    def _manifest(self) -> Any:
         from megacpp_stp.data.manifest import load_manifest
+
+        return load_manifest(Path(self._plan["recipe"]["data"]["path"]))
+
+    def _recorder(self, args: Any) -> Any:
         from megacpp_stp.training.facts import peak_memory_bytes
         from megacpp_stp.training.recorder import Recorder
+        from megacpp_stp.training.writers import write_scalars
 
-        manifest = load_manifest(Path(self._plan["recipe"]["data"]["path"]))
-        device = self._plan["device"]
+        def emit(record: dict[str, Any]) -> None:
+            self._prove_first_iteration()
+            write_scalars(record, interval=args.tensorboard_log_interval)
+            if self._writer is not None:
+                self._writer.record(record)
+
+        manifest, device = self._manifest(), self._plan["device"]
         return Recorder(
             device=self._device,
-            iteration=lambda: args.curr_iteration,
+            # Until the first iteration after a checkpoint, Megatron has the checkpoint's in another place.
+            iteration=lambda: max(args.curr_iteration, args.iteration),
             tokens_per_iteration=args.global_batch_size * args.seq_length,
             bits_per_byte=lambda split, loss: manifest.bits_per_byte(split, loss_nats=loss),
             peak_memory=lambda: peak_memory_bytes(device),
-            emit=self._writer.record if self._writer is not None else _ignore,
+            emit=emit,
             emit_validation=self._writer.validation if self._writer is not None else _ignore,
+            before_save=(self._writer.saving if self._writer is not None else _ignore) if args.save else None,
         )
 
     def _before_wrap(self, chunks: list[Any], args: Any, recorder: Any) -> list[Any]:
         """On the bare model chunks: count parameters, install STP. Megatron is initialised by now."""
-        import torch.distributed as dist
         from megatron.core import parallel_state
 
         from megacpp_stp.model.count import count_parameters
+        from megacpp_stp.patches.agreement import gather, require_agreement
         from megacpp_stp.stp.install import install_stp
 
         stages = count_parameters(chunks, device=self._device)
-        patches: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(patches, [{"id": patch.surface.id, "state": patch.state} for patch in self._patches])
+        patches = gather([record.as_dict() for record in self._patches.records])
+        require_agreement(patches)
         if self._writer is not None:
             stack = type(chunks[0].decoder)
             self._writer.model_built(stages, stack=f"{stack.__module__}.{stack.__qualname__}", patches=patches)
+        if args.nam_fused_cross_entropy:
+            from megacpp_stp.flce.megatron import install_flce
+
+            self._fused = install_flce(chunks, backend=args.nam_fused_cross_entropy)
         config = stp_config(args)
         if config is not None:
             data_rank = parallel_state.get_data_parallel_rank()
@@ -142,14 +172,54 @@ class _Rank:
             recorder.observe_stp(taps)
         return chunks
 
+    def _prove_first_iteration(self) -> None:
+        """Once, on every rank: what was put in the place of upstream's code is what the run calls."""
+        from megacpp_stp.patches.agreement import gather, require_called
 
-def _planned_patches(ids: Sequence[str]) -> Iterator[Any]:
-    """Apply the surfaces that the plan names, each when it is asked for."""
-    from megacpp_stp.patches import dataset_helpers, fp32_groups
+        if self._first_iteration_proven:
+            return
+        self._first_iteration_proven = True
+        calls = gather(self._patches.calls())
+        require_called(self._patches.ledger, calls)
+        fused = None
+        if self._fused is not None:
+            fused = gather([self._fused.heads, self._fused.calls])
+            _require_fused_losses(fused)
+        if self._writer is None:
+            return
+        redirects = sorted(self._cpu_backend.hits) if self._cpu_backend is not None else None
+        self._writer.patches_called(calls, cpu_backend=redirects)
+        if fused is not None:
+            backend = self._plan["recipe"]["training"]["fused_cross_entropy"]
+            self._writer.loss_fused(backend, sum(losses for _, losses in fused))
 
-    modules = {module.SURFACE.id: module for module in (dataset_helpers, fp32_groups)}
-    for patch in ids:
-        yield modules[patch].apply()
+
+def _require_fused_losses(by_rank: Sequence[Sequence[int]]) -> None:
+    """Compare the output heads of each rank with the losses that it computed without logits.
+
+    Raises:
+        UserError: A head that none went through; the same error on every rank.
+    """
+    heads = sum(count for count, _ in by_rank)
+    silent = [rank for rank, (count, losses) in enumerate(by_rank) if count and not losses]
+    if silent or not heads:
+        raise UserError(
+            f"computed no loss on rank {silent[0]}" if silent else "found no output head on any rank",
+            field="training.fused_cross_entropy",
+            fix="write null, and report this: the model computes its loss elsewhere",
+        )
+
+
+def _planned_patches(plan: dict[str, Any], directory: Path, *, rank: int) -> Any:
+    """Make active what the plan lists, before the first collective. What may be unreviewed is in the receipt."""
+    from megacpp_stp.patches.registry import Registry
+
+    receipt = read_json(directory / RECEIPT) if (directory / RECEIPT).exists() else {}
+    active = Registry.load().activate(plan, allow_unreviewed=receipt.get(ALLOWED_UNREVIEWED) or ())
+    for record in active.records:
+        if record.warning and rank == 0:
+            print(f"megacpp-stp: {record.warning}", file=sys.stderr, flush=True)
+    return active
 
 
 def rank_device(kind: str) -> Any:
@@ -162,7 +232,7 @@ def rank_device(kind: str) -> Any:
     return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def _ignore(record: Any) -> None:
+def _ignore(*record: Any) -> None:
     """What ranks other than 0 do with a record."""
 
 

@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,18 @@ def peak_memory_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def resident_memory_stats(device: object = None) -> dict[str, Any]:
+    """Resident memory of this process, in the shape of the CUDA allocator's statistics."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    current = pages * os.sysconf("SC_PAGE_SIZE")
+    # The kernel brings the peak up to date later than the current size.
+    peak = max(current, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    resident = {"all": {"current": current, "peak": peak}}
+    # Nobody counts the allocations of the C library.
+    unknown = {"all": {"current": float("nan")}}
+    return {"allocated_bytes": resident, "reserved_bytes": resident, "allocation": unknown}
 
 
 def _version(package: str) -> str | None:

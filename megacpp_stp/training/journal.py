@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.data.manifest import load_manifest
+from megacpp_stp.errors import UserError
+from megacpp_stp.patches.agreement import digest
 from megacpp_stp.runs.files import ENV, METRICS, PATCHES, RECEIPT, write_json
-from megacpp_stp.runs.metrics import MetricsWriter, Record, last_of
-from megacpp_stp.runs.receipt import Receipt, plan_facts
+from megacpp_stp.runs.metrics import MetricsWriter, Record, last_of, read_metrics
+from megacpp_stp.runs.receipt import Receipt, patch_facts, plan_facts
 from megacpp_stp.training.facts import allowed_environment, data_facts, substrate
 
 
@@ -23,40 +25,81 @@ class Journal:
     def __init__(self, directory: Path, plan: dict[str, Any]) -> None:
         self._directory = directory
         self._wanted = plan["recipe"]["training"]["iterations"]
-        self._last: Record = {}
-        self._validations: list[Record] = []
         # Under plain torchrun nobody has written it yet.
         known = (directory / RECEIPT).exists()
         self._receipt = Receipt(directory) if known else Receipt.create(directory, plan_facts(plan))
-        self._metrics = MetricsWriter(directory / METRICS)
-        write_json(directory / ENV, allowed_environment())
         data = data_facts(load_manifest(Path(plan["recipe"]["data"]["path"]), field="data.path"))
+        _check_data(self._receipt, data)
+        path = directory / METRICS
+        goes_on = self._receipt.attempts > 1
+        self._last: Record = (read_metrics(path) or [{}])[-1] if goes_on and path.exists() else {}
+        self._validations: list[Record] = self._receipt.validation
+        self._metrics = MetricsWriter(path, append=goes_on)
+        self._is_first = True
+        self._patches: list[list[dict[str, Any]]] = []
+        write_json(directory / ENV, allowed_environment())
         self._receipt.update(substrate=substrate(plan["device"]), data=data)
 
-    def model_built(self, parameters_by_stage: list[int], *, stack: str, patches: list[list[dict[str, str]]]) -> None:
+    def model_built(self, parameters_by_stage: list[int], *, stack: str, patches: list[list[dict[str, Any]]]) -> None:
         """The model exists.
 
         Args:
             parameters_by_stage: Parameters of each pipeline rank.
             stack: The class that the spec built as decoder.
-            patches: Patch surfaces and their state on each rank.
+            patches: The records of the patch surfaces on each rank.
         """
-        write_json(self._directory / PATCHES, {str(rank): states for rank, states in enumerate(patches)})
+        self._patches = patches
+        self._write_patches()
         parameters = {"total": sum(parameters_by_stage), "by_pipeline_rank": parameters_by_stage}
-        self._receipt.update(parameters=parameters, stack=stack, patches=patches[0])
+        self._receipt.update(
+            parameters=parameters, stack=stack, patches=patch_facts(patches), patches_digest=digest(patches[0])
+        )
+
+    def patches_called(self, calls: list[dict[str, dict[str, int]]], *, cpu_backend: list[str] | None) -> None:
+        """The first iteration has shown what the run calls.
+
+        Args:
+            calls: On each rank, by surface and calling function.
+            cpu_backend: What was asked of the CPU backend on rank 0; None on a GPU.
+        """
+        for states, found in zip(self._patches, calls, strict=True):
+            for state in states:
+                state["calls"] = found[state["id"]]
+        self._write_patches()
+        self._receipt.update(patches=patch_facts(self._patches, calls), cpu_backend=cpu_backend)
+
+    def loss_fused(self, backend: str, losses: int) -> None:
+        """The first iteration has computed that many losses, over all ranks, without logits."""
+        self._receipt.update(fused_cross_entropy={"backend": backend, "losses_in_first_iteration": losses})
+
+    def _write_patches(self) -> None:
+        write_json(self._directory / PATCHES, {str(rank): states for rank, states in enumerate(self._patches)})
 
     def record(self, record: Record) -> None:
-        """One iteration ended."""
+        """One iteration ended.
+
+        Raises:
+            RuntimeError: It is the first, and not the one after the checkpoint: Megatron has loaded another, or none.
+        """
+        first, self._is_first = self._is_first, False
+        loaded = self._receipt.from_iteration
+        if first and record["iteration"] != loaded + 1:
+            raise RuntimeError(
+                f"iteration {record['iteration']} came first, but the run goes on from iteration {loaded}"
+            )
         self._metrics.write(record)
-        first = not self._last
         self._last = record
         if first and "stp_loss_by_tap" in record:
-            self._receipt.update(taps_fed=sorted(map(int, record["stp_loss_by_tap"])))
+            self._receipt.update(taps_fed=[int(tap) if tap.isdigit() else tap for tap in record["stp_loss_by_tap"]])
 
     def validation(self, record: Record) -> None:
         """One evaluation ended."""
         self._validations.append(record)
         self._receipt.update(validation=self._validations)
+
+    def saving(self) -> None:
+        """A checkpoint is about to be written, with all that is recorded so far behind it."""
+        self._metrics.sync()
 
     def completed(self) -> None:
         """`pretrain` returned."""
@@ -75,3 +118,17 @@ class Journal:
     def _outcome(self) -> dict[str, Any]:
         best = min(self._validations, key=lambda record: record["lm_loss"], default=None)
         return {"iterations_done": self._last.get("iteration", 0), "last": last_of(self._last), "best": best}
+
+
+def _check_data(receipt: Receipt, found: dict[str, Any]) -> None:
+    """A run that goes on must read what it has read so far.
+
+    Raises:
+        UserError: Other content.
+    """
+    if receipt.data not in (None, found):
+        raise UserError(
+            "holds other data than this run was started with",
+            field="data.path",
+            fix="prepare the same data there again, or start a new run",
+        )

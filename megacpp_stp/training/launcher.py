@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import shlex
@@ -19,16 +18,23 @@ from packaging.specifiers import SpecifierSet
 
 from megacpp_stp.data.manifest import load_manifest
 from megacpp_stp.errors import UserError
+from megacpp_stp.flce.limits import limits
+from megacpp_stp.patches.records import require
+from megacpp_stp.patches.registry import Registry
+from megacpp_stp.patches.upstream import SUPPORTED, open_core
 from megacpp_stp.plan.build import ENTRY_MODULE, Device, RunPlan
+from megacpp_stp.plan.checkpoint import LOAD, SAVE, SCHEDULE_OF_THE_PLAN
+from megacpp_stp.runs.attempts import rewind
+from megacpp_stp.runs.checkpoints import CHECKPOINTS
 from megacpp_stp.runs.failures import first_failure
-from megacpp_stp.runs.files import EXIT, METRICS, PLAN, create_run_directory, write_json
+from megacpp_stp.runs.files import EXIT, METRICS, PLAN, create_run_directory, exists_already, write_json
+from megacpp_stp.runs.lock import launcher_lock
 from megacpp_stp.runs.metrics import last_of, read_metrics
-from megacpp_stp.runs.receipt import Receipt, plan_facts
+from megacpp_stp.runs.receipt import ALLOWED_UNREVIEWED, Receipt, plan_facts
+from megacpp_stp.training.orphans import die_with_parent
 from megacpp_stp.training.upstream_check import require_accepted
 
-_MEGATRON_RANGE = SpecifierSet(">=0.19.2,<0.20")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +43,17 @@ class Launch:
 
     Attributes:
         plan: What runs.
-        run_dir: A new directory for it.
+        run_dir: A new directory for it, or that of the run to go on with.
         port: Port of torchrun's rendezvous; None lets torchrun take a free one.
+        from_iteration: Of the checkpoint in `run_dir` to go on from, 0 to begin anew there; None for a new run.
+        allow_unreviewed: Ids of patch surfaces that may meet upstream code that nobody reviewed.
     """
 
     plan: RunPlan
     run_dir: Path
     port: int | None = None
+    from_iteration: int | None = None
+    allow_unreviewed: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
         """The torchrun process and all its arguments."""
@@ -58,7 +68,15 @@ class Launch:
             *("-m", ENTRY_MODULE),
             *self.plan.argv,
             *("--nam-plan", str(self.run_dir / PLAN), "--nam-run-dir", str(self.run_dir)),
+            *self._checkpoint_options(),
         ]
+
+    def _checkpoint_options(self) -> list[str]:
+        if self.plan.recipe.training.checkpoint is None:
+            return []
+        directory = str(self.run_dir / CHECKPOINTS)
+        loading = [LOAD, directory, SCHEDULE_OF_THE_PLAN] if self.from_iteration else []
+        return [SAVE, directory, *loading]
 
     def shell(self) -> str:
         """The same as a line that a shell takes."""
@@ -84,11 +102,24 @@ class Launch:
         _check_data(self.plan)
         if self.plan.device == "cuda":
             _check_gpus(self.plan)
+            _check_loadable(self.plan)
         if self.port is not None:
             _check_port(self.port)
-        if self.run_dir.exists():
-            raise UserError("exists already", field="--run-dir", value=str(self.run_dir), fix="name a new directory")
+        if self.from_iteration is None and self.run_dir.exists():
+            raise exists_already(self.run_dir)
+        if self.from_iteration is not None:
+            with launcher_lock(self.run_dir):
+                pass  # taken again to run; said now, and not after what takes seconds
+        _check_fused_loss(self.plan)
+        self._check_patches()
         require_accepted(self.plan)  # last: it takes seconds
+
+    def _check_patches(self) -> None:
+        """Judge what the plan replaces upstream, from files; each rank does so again, and proves it."""
+        records = Registry.load().examine(self.plan.as_dict(), core=open_core(), allow_unreviewed=self.allow_unreviewed)
+        require(records)
+        for warning in (record.warning for record in records if record.warning):
+            print(f"megacpp-stp: {warning}", file=sys.stderr, flush=True)
 
     def run(self) -> int:
         """Start and wait. Call `preflight` first.
@@ -96,10 +127,19 @@ class Launch:
         Returns:
             0; 2 when a rank found a mistake that the user can mend; 128 + n after signal n; else 1.
         """
-        create_run_directory(self.run_dir)
+        if self.from_iteration is None:
+            create_run_directory(self.run_dir)
+        with launcher_lock(self.run_dir):
+            return self._run()
+
+    def _run(self) -> int:
         plan = self.plan.as_dict()
-        write_json(self.run_dir / PLAN, plan)
-        Receipt.create(self.run_dir, plan_facts(plan))
+        if self.from_iteration is None:
+            write_json(self.run_dir / PLAN, plan)
+            Receipt.create(self.run_dir, plan_facts(plan))
+        else:
+            rewind(self.run_dir, plan, iteration=self.from_iteration)
+        Receipt(self.run_dir).update(**{ALLOWED_UNREVIEWED: list(self.allow_unreviewed)})
         environment = {**os.environ, **{variable.name: variable.value for variable in self.plan.env}}
         environment["PYTHONUNBUFFERED"] = "1"
         returncode, caught = _run_forwarding_signals(self.command(), environment)
@@ -112,6 +152,7 @@ class Launch:
                 "signal": caught and signal.Signals(caught).name,
             },
         )
+        Receipt(self.run_dir).end_attempt(exit_status=status)
         return status
 
     def _close(self, returncode: int, caught: int | None) -> int:
@@ -190,8 +231,15 @@ def require_train_extra() -> None:
         megatron = version("megatron-core")
     except PackageNotFoundError:
         raise UserError("megatron-core is not installed as a package", field="extra train", fix=fix) from None
-    if megatron not in _MEGATRON_RANGE:
-        raise UserError(f"megatron-core must be {_MEGATRON_RANGE}", field="extra train", value=megatron, fix=fix)
+    if megatron not in SpecifierSet(SUPPORTED):
+        raise UserError(f"megatron-core must be {SUPPORTED}", field="extra train", value=megatron, fix=fix)
+
+
+def _check_fused_loss(plan: RunPlan) -> None:
+    backend = plan.recipe.training.fused_cross_entropy
+    for limit in limits(plan.argv, backend=backend) if backend else ():
+        problem = f"{limit.option} {limit.why}"
+        raise UserError(problem, field="training.fused_cross_entropy", value=backend, fix=limit.fix)
 
 
 def _check_data(plan: RunPlan) -> None:
@@ -237,6 +285,18 @@ def _check_gpus(plan: RunPlan) -> None:
         )
 
 
+def _check_loadable(plan: RunPlan) -> None:
+    """Refuse checkpoints that could be written but not read; `megacpp_stp.training.torch_adam` mends that on CPUs."""
+    optimizer, checkpoint = plan.recipe.optimizer, plan.recipe.training.checkpoint
+    known = ("transformer_engine", "apex")
+    if checkpoint and optimizer.distributed and not any(importlib.util.find_spec(name) for name in known):
+        raise UserError(
+            "on a GPU, Megatron's distributed optimizer cannot load its checkpoints without Transformer Engine's Adam",
+            field="training.checkpoint",
+            fix="pip install 'megacpp-stp[te]', or set it to null, or optimizer.distributed to false",
+        )
+
+
 def _gpu_count() -> int:
     import torch
 
@@ -270,8 +330,7 @@ def _run_forwarding_signals(command: list[str], environment: dict[str, str]) -> 
     earlier = {number: signal.signal(number, forward) for number in _STOP_SIGNALS}
     try:
         # A session of its own: Ctrl-C reaches torchrun once, through us, and not each rank behind its back.
-        die_with_us = _die_with_parent if sys.platform == "linux" else None
-        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_us)
+        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
         children.append(child)
         if caught:  # before there was a child to tell
             child.send_signal(signal.SIGTERM)
@@ -279,8 +338,3 @@ def _run_forwarding_signals(command: list[str], environment: dict[str, str]) -> 
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def _die_with_parent() -> None:
-    """In torchrun, before it starts: when the launcher is killed, get the signal that ends all ranks."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

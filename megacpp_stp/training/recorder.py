@@ -5,7 +5,7 @@
   There the sums are reduced, and the STP loss is put into the loss dictionaries, so that Megatron's console line and
   TensorBoard show it.
 * ``optimizer.step`` is wrapped on the instance, as megatron.training itself does for CUDA graphs: the end of the
-  iteration, with the gradient norm.
+  iteration, with the gradient norm. So is ``optimizer.sharded_state_dict``: the beginning of a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.metrics import Record
+from megacpp_stp.stp.config import FINAL_NORM, tap_name
 from megacpp_stp.stp.meter import StpReading
+from megacpp_stp.stp.record import diagnosis_record, stp_record
 from megacpp_stp.stp.taps import StpTaps
 
 PeakMemory = Callable[[], int]
@@ -39,7 +41,8 @@ class Recorder:
         peak_memory: This process's peak memory so far, in bytes.
         emit: Takes each record; called on every rank, after the optimizer step.
         emit_validation: Takes the mean loss of each evaluation; called on every rank, when the next iteration or the
-            run ends.
+            run ends, or before a checkpoint is written.
+        before_save: Called on every rank before a checkpoint is written; None where none is.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Recorder:
         peak_memory: PeakMemory,
         emit: Callable[[Record], None],
         emit_validation: Callable[[Record], None],
+        before_save: Callable[[], None] | None = None,
     ) -> None:
         self._device = device
         self._iteration = iteration
@@ -60,6 +64,7 @@ class Recorder:
         self._peak_memory = peak_memory
         self._emit = emit
         self._emit_validation = emit_validation
+        self._before_save = before_save
         self._evaluated: int | None = None
         self._evaluation_sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._taps: StpTaps | None = None
@@ -76,14 +81,22 @@ class Recorder:
     def begin_forward(self, *, training: bool) -> None:
         """A forward starts; the first one of a training iteration starts its clock."""
         if not training:
-            self._evaluated = self._record["iteration"] if self._record else 0
+            self._evaluated = self._record["iteration"] if self._record else self._iteration()
         elif self._started is None:
             self._started = time.perf_counter()
 
-    def count_tokens(self, tokens: Tensor, *, training: bool) -> None:
-        """Say before a forward how many of the microbatch's tokens count on this rank, a scalar."""
+    def announce(self, *, tokens: Tensor, documents: Callable[[], Tensor], training: bool) -> None:
+        """Say before a forward what STP must know of the microbatch.
+
+        Args:
+            tokens: Scalar, how many of its tokens count on this rank.
+            documents: Returns the document number of each position of the whole sequence, ``[b, s]``; called where
+                it is wanted alone.
+            training: False in evaluation, of which STP knows nothing.
+        """
         if training and self._taps is not None:
-            self._taps.set_tokens(tokens)
+            wanted = self._taps.config.within_documents
+            self._taps.set_microbatch(tokens=tokens, documents=documents() if wanted else None)
 
     def add_loss(self, report: dict[str, Tensor], *, training: bool) -> None:
         """Take one microbatch's loss report, the dictionary that Megatron logs from."""
@@ -128,13 +141,17 @@ class Recorder:
             "loss_tokens": int(tokens),
         }
         if self._taps is not None:
-            reading = self._taps.meter.reduce(device=self._device, groups=_data_then_pipeline())
-            self._prove_taps(reading)
+            reading = self._taps.meter.reduce(device=self._device, groups=data_then_pipeline())
+            if not self._taps_proven:
+                require_fed(reading)
+                self._taps_proven = True
+            self._record.update(stp_record(self._taps.config, reading, iteration))
             if not math.isfinite(reading.loss):
-                raise FloatingPointError(
-                    f"STP loss is {reading.loss} in iteration {iteration + 1}: {reading.loss_by_tap}"
-                )
-            self._record.update(self._stp_record(reading, iteration))
+                by_tap = self._record["stp_loss_by_tap"]
+                raise FloatingPointError(f"STP loss is {reading.loss} in iteration {iteration + 1}: {by_tap}")
+            if self._taps.diagnosis is not None and self._taps.config.is_diagnosed(iteration):
+                found = self._taps.diagnosis.reduce(device=self._device, groups=data_then_pipeline())
+                self._record.update(diagnosis_record(found))
             for report in self._reports:
                 report["stp loss"] = torch.tensor([reading.loss], device=self._device)
         self._reports = []
@@ -148,36 +165,10 @@ class Recorder:
 
     def _mean_over_ranks(self, sums: Tensor) -> tuple[float, float]:
         """Mean loss a token and the number of tokens, over all ranks."""
-        for group in _data_then_pipeline():
+        for group in data_then_pipeline():
             dist.all_reduce(sums, group=group)
         total, tokens = sums.tolist()
         return total / max(tokens, 1.0), tokens
-
-    def _prove_taps(self, reading: StpReading) -> None:
-        """A tap that no rank ever fed is a wiring error, not a silent zero."""
-        if self._taps_proven:
-            return
-        dead = [layer for layer, count in reading.readings_by_tap.items() if count == 0]
-        if dead:
-            raise UserError(
-                f"no rank fed the tap after layer {dead[0]} in the first iteration",
-                field="stp.taps",
-                value=list(reading.readings_by_tap),
-                fix="tap layers that the model has; `megacpp-stp plan` shows them",
-            )
-        self._taps_proven = True
-
-    def _stp_record(self, reading: StpReading, iteration: int) -> Record:
-        assert self._taps is not None
-        config = self._taps.config
-        active = config.is_active(iteration)
-        return {
-            "stp_loss": reading.loss,
-            "stp_weighted": config.weight * reading.loss if active else 0.0,
-            "stp_active": active,
-            "stp_loss_by_tap": {str(layer): value for layer, value in reading.loss_by_tap.items()},
-            "stp_valid_fraction": reading.valid_fraction,
-        }
 
     def _wrap_optimizer(self, transformer_config: Any) -> None:
         # megatron.training sets grad_scale_func to the optimizer's own bound method.
@@ -193,6 +184,19 @@ class Recorder:
 
         optimizer.step = recorded_step
         self._wrapped_optimizer = optimizer
+        if self._before_save is not None:
+            self._wrap_saving(optimizer, self._before_save)
+
+    def _wrap_saving(self, optimizer: Any, before_save: Callable[[], None]) -> None:
+        """A checkpoint asks each rank's optimizer for its state. What came before it belongs into the records."""
+        state = optimizer.sharded_state_dict
+
+        def recorded_state(*args: Any, **kwargs: Any) -> Any:
+            self.end_evaluation()
+            before_save()
+            return state(*args, **kwargs)
+
+        optimizer.sharded_state_dict = recorded_state
 
     def _end_iteration(self, optimizer: Any, result: tuple[bool, float | None, int | None]) -> None:
         succeeded, grad_norm, _ = result
@@ -213,7 +217,25 @@ class Recorder:
         self._emit(self._record)
 
 
-def _data_then_pipeline() -> list[dist.ProcessGroup]:
+def require_fed(reading: StpReading) -> None:
+    """A tap that no rank ever fed is a wiring error, not a silent zero.
+
+    Raises:
+        UserError: With the first such tap.
+    """
+    dead = [tap for tap, count in reading.readings_by_tap.items() if count == 0]
+    if dead:
+        place = "the final norm" if dead[0] == FINAL_NORM else f"layer {dead[0]}"
+        raise UserError(
+            f"no rank fed the tap after {place} in the first iteration",
+            field="stp.taps",
+            value=[tap_name(tap) for tap in reading.readings_by_tap],
+            fix="tap layers that the model has; `megacpp-stp plan` shows them",
+        )
+
+
+def data_then_pipeline() -> list[dist.ProcessGroup]:
+    """The groups over which a rank's sums are added up: data with context ranks, then pipeline ranks."""
     from megatron.core import parallel_state
 
     return [

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacpp_stp.stp.documents import documents_of_tokens
 from megacpp_stp.training.data import next_batch
 from megacpp_stp.training.recorder import Recorder
 
@@ -23,13 +24,15 @@ class ForwardStep:
 
     Args:
         device: Where this rank computes.
-        recorder: Told when an iteration starts, and what each microbatch's loss is.
+        recorder: Told when an iteration starts, what each microbatch holds, and what its loss is.
+        end_of_document: Token that is the last of each document.
         check_nan: Stop at a loss that is not finite.
     """
 
-    def __init__(self, *, device: torch.device, recorder: Recorder, check_nan: bool) -> None:
+    def __init__(self, *, device: torch.device, recorder: Recorder, end_of_document: int, check_nan: bool) -> None:
         self._device = device
         self._recorder = recorder
+        self._end_of_document = end_of_document
         self._check_nan = check_nan
 
     def __call__(
@@ -38,7 +41,11 @@ class ForwardStep:
         """Run `model` on the next microbatch; the schedule applies the returned loss function on the last stage."""
         self._recorder.begin_forward(training=model.training)
         batch = next_batch(data_iterator, self._device)
-        self._recorder.count_tokens(batch.loss_mask.sum(), training=model.training)
+        self._recorder.announce(
+            tokens=batch.loss_mask.sum(),
+            documents=partial(documents_of_tokens, batch.tokens, end_of_document=self._end_of_document),
+            training=model.training,
+        )
         # Position ids and a None mask as upstream's own entry passes them: attention is causal in the mixers.
         output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
         return output, partial(self._loss, batch.loss_mask, model.training)

@@ -21,6 +21,7 @@ SHORT = (
     "training.sequence_length=64",
     "optimizer.warmup_iterations=1",
     "stp.start_step=3",
+    "training.fused_cross_entropy=null",
     f"model.vocab_size={VOCAB}",
 )
 

@@ -72,10 +72,10 @@ def test_two_spellings_of_one_option_are_refused():
 
 
 def test_a_plan_with_gaps_is_accepted_and_not_launched(cli):
-    done = cli("launch", "nam56r", "--device", "cuda")
+    done = cli("launch", "nam56r-cp4-12k", "--device", "cuda")
     assert done.returncode == 2
     assert "not launched by this version" in done.stderr
-    assert "the Transformer Engine spec of the NAM stack is not built yet" in done.stderr
+    assert "M2RNN at layers 12 24 36 48 has no context parallelism yet" in done.stderr
 
 
 def test_a_value_that_megatron_would_change_stops_a_launch(monkeypatch):

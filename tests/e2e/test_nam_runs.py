@@ -73,3 +73,27 @@ def test_bf16_learns_as_fp32_does(cli, short_run, tmp_path):
     assert ends["bf16"] == pytest.approx(ends["fp32"], rel=0.02)
     # Not the same numbers: it is bf16 that was compared.
     assert curves["bf16"] != curves["fp32"]
+
+
+@pytest.mark.slow
+def test_fp16_finds_its_loss_scale_by_skipping_steps(cli, short_run, tmp_path):
+    """From a scale far too large it halves until gradients fit; then the weights begin to move."""
+    keys = (
+        "training.precision=fp16",
+        "training.loss_scale={initial: 33554432.0, minimum: 1.0, window: 3, hysteresis: 1}",
+        "training.iterations=16",
+        "training.checkpoint=null",
+        "stp.start_step=0",
+    )
+    overrides = [token for key in keys for token in ("--set", key)]
+    done = cli(*short_run, *overrides, "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    scales = [record["loss_scale"] for record in records]
+    skipped = [record["skipped"] for record in records]
+    assert skipped[0]
+    assert not skipped[-1]
+    for before, after, overflow in zip(scales, scales[1:], skipped[1:], strict=False):
+        assert after == before / 2 if overflow else after in (before, 2 * before)
+    assert records[-1]["lm_loss"] < records[0]["lm_loss"]
+    assert all(0 < record["stp_loss"] < 2 for record in records)

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from megacpp_stp.data.manifest import load_manifest
+from megacpp_stp.patches.agreement import digest
 from megacpp_stp.runs.metrics import read_metrics
 
 
@@ -76,7 +77,11 @@ def test_the_receipt_answers_its_questions(run):
     assert receipt["auxiliary_losses"]["dsa_indexer"] == 0.001
     assert receipt["auxiliary_losses"]["stp"]["taps"] == receipt["taps_fed"] == [6, 12]
     assert receipt["recipe"]["provenance"] == "project-defined"
-    assert receipt["patches"] == [{"id": "dataset-helpers", "state": "reached"}]
+    (patch,) = receipt["patches"]
+    assert (patch["id"], patch["state"], receipt["allowed_unreviewed"]) == ("dataset-helpers", "active", [])
+    assert patch["called_on_ranks"] == {"megatron.training.initialize:_compile_dependencies": [0]}
+    assert receipt["patches_digest"] == digest(load(run, "patches.json")["1"])
+    assert "device=" in receipt["cpu_backend"]
     assert receipt["substrate"]["packages"]["megatron-core"].startswith("0.19.")
     assert sum(receipt["parameters"]["by_pipeline_rank"]) == receipt["parameters"]["total"] > 0
     assert load(run, "patches.json").keys() == {"0", "1"}

@@ -30,6 +30,21 @@ PP2 = ["parallel.pipeline=2", "parallel.expert=4"]
 @pytest.mark.parametrize(
     ("name", "overrides", "field"),
     [
+        # Precision
+        ("nam56r", ["training.precision=fp16"], "training.loss_scale"),
+        (
+            "nam56r",
+            ["training.loss_scale={initial: 65536.0, minimum: 1.0, window: 10, hysteresis: 2}"],
+            "training.loss_scale",
+        ),
+        (
+            "nam56r",
+            [
+                "training.precision=fp16",
+                "training.loss_scale={initial: 8.0, minimum: 16.0, window: 10, hysteresis: 2}",
+            ],
+            "training.loss_scale.minimum",
+        ),
         # World and batch
         ("nam56r", ["parallel.tensor=3"], "launch.processes_per_node"),
         ("nam56r", ["training.global_batch_size=250"], "training.global_batch_size"),

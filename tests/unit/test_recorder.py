@@ -74,7 +74,7 @@ class Run:
 @pytest.fixture
 def run(monkeypatch):
     """This process is the whole world."""
-    monkeypatch.setattr(recorder_module, "_data_then_pipeline", list)
+    monkeypatch.setattr(recorder_module, "data_then_pipeline", list)
     monkeypatch.setattr(recorder_module.dist, "all_reduce", lambda *args, **kwargs: None)
     return Run()
 
@@ -87,7 +87,7 @@ def run(monkeypatch):
 def test_a_tap_that_nothing_fed_ends_the_first_iteration_and_is_named(run, fed, dead):
     with pytest.raises(UserError, match=f"no rank fed the tap after layer {dead} in the first iteration") as caught:
         run.iterate(**fed)
-    assert (caught.value.field, caught.value.value) == ("stp.taps", [2, 5, 7])
+    assert (caught.value.field, caught.value.value) == ("stp.taps", ["2", "5", "7"])
     assert run.finalized == 1  # the gradients' own collectives ran: no other rank is left waiting in them
     assert run.emitted == []
 
@@ -129,12 +129,19 @@ def test_without_stp_the_record_has_no_word_of_it(run):
     assert all("stp loss" not in report for report in run.reports)
 
 
-def test_stp_hears_of_the_tokens_of_training_only():
+@pytest.mark.parametrize("within_documents", [False, True])
+def test_stp_hears_of_the_microbatches_of_training_only(within_documents):
     heard = []
     recorder = Recorder.__new__(Recorder)
-    recorder._taps = SimpleNamespace(set_tokens=heard.append)
-    recorder.count_tokens(torch.tensor(7.0), training=True)
-    recorder.count_tokens(torch.tensor(8.0), training=False)
-    assert [float(count) for count in heard] == [7.0]
+    recorder._taps = SimpleNamespace(
+        set_microbatch=lambda **facts: heard.append(facts),
+        config=SimpleNamespace(within_documents=within_documents),
+    )
+    documents = torch.zeros(1, 3)
+    for training in (True, False):
+        recorder.announce(tokens=torch.tensor(7.0), documents=lambda: documents, training=training)
+    (facts,) = heard
+    assert float(facts["tokens"]) == 7.0
+    assert facts["documents"] is (documents if within_documents else None)
     recorder._taps = None
-    recorder.count_tokens(torch.tensor(7.0), training=True)
+    recorder.announce(tokens=torch.tensor(7.0), documents=lambda: documents, training=True)

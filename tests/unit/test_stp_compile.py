@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megacpp_stp.errors import UserError
 from megacpp_stp.stp import compute_stp_loss
 from megacpp_stp.stp.chord import chord_terms, compute_chord_loss
 from megacpp_stp.stp.objective import stp_loss_at, stp_terms
 from megacpp_stp.stp.sampler import DrawKey, draw_document_triples, draw_triples
+from megacpp_stp.stp.seam import GradScale, inject
 
 CPU = torch.device("cpu")
 SHAPE = (33, 2, 16)  # [s, b, h]
@@ -163,6 +165,51 @@ def test_a_key_of_python_integers_is_never_copied_from_the_host(max_span):
         draw_document_triples(key, torch.zeros(2, 33, dtype=torch.int64), n_spans=3, max_span=max_span)
         key.as_tensor(CPU)
     assert not [name for name, _ in operations.seen if any(word in name for word in FORBIDDEN)]
+
+
+def check_tap(backend):
+    """Draw, gather, closed form and seam, as a tap runs them, with a scale that is set between forward and backward."""
+
+    def tap(hidden, key, scale):
+        triples = draw_triples(key, length=33, batch=2, n_spans=3, device=hidden.device)
+        index = (triples * 2 + torch.arange(2)).reshape(-1)
+        rows = hidden.detach().reshape(66, 16).index_select(0, index).view(3, -1, 16)
+        return inject(hidden, stp_terms(rows, tolerance=1e-7).grad.reshape(-1, 16), index, scale) * 2
+
+    torch._dynamo.reset()
+    compiled, scale = compiled_once(tap, backend), GradScale()
+    for i in range(4):
+        hidden, key, _ = inputs(i)
+        out = compiled(hidden, key, scale, first=i == 0)
+        scale.set(torch.tensor(3.0 + i))
+        (found,) = torch.autograd.grad(out.sum(), hidden)
+        (expected,) = torch.autograd.grad(tap(hidden, key, scale).sum(), hidden)
+        assert torch.equal(out, 2 * hidden)
+        assert (expected - 2).abs().max() > 0.01
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+# The last one moves to forward what it can, as Inductor does, but generates no code.
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "aot_eager_decomp_partition"])
+def test_a_tap_compiles_once_and_reads_the_scale_in_backward(backend):
+    check_tap(backend)
+
+
+def test_a_compiled_tap_whose_scale_nobody_sets_gives_nan():
+    """The graph is built before the schedule speaks, so this cannot be an error; nor may it pass for a gradient."""
+    torch._dynamo.reset()
+    compiled, scale = torch.compile(inject, fullgraph=True, backend="aot_eager"), GradScale()
+    hidden = torch.randn(3, 1, 2, requires_grad=True)
+    compiled(hidden, torch.ones(1, 2), torch.tensor([1]), scale).sum().backward()
+    assert hidden.grad[1].isnan().all()
+    with pytest.raises(UserError, match="never set"):
+        scale.get()
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_tap_once():
+    """Real generated code; needs a C++ compiler on a CPU."""
+    check_tap("inductor")
 
 
 @pytest.mark.slow

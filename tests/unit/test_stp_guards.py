@@ -231,10 +231,10 @@ def test_per_token_loss_needs_the_tokens_summed_over_the_context_ranks(config, c
     layer = chunk.decoder.layers[0]
     layer.current_microbatch = 0
     hidden = torch.randn(8, 1, 4, requires_grad=True)
-    with pytest.raises(UserError, match="StpTaps.set_tokens"):
+    with pytest.raises(UserError, match="StpTaps.set_microbatch"):
         layer(hidden)
     assert summed == []
-    taps.set_tokens(torch.tensor(5))
+    taps.set_microbatch(tokens=torch.tensor(5))
     assert summed == [chunk.pg_collection.cp] * (context - 1)
     layer(hidden)
     assert summed[context - 1 :] == [chunk.pg_collection.cp] * (context - 1)  # the rows

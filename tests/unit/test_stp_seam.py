@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,11 +10,11 @@ from megacpp_stp.stp import taps as taps_module
 from megacpp_stp.stp.config import StpConfig
 from megacpp_stp.stp.layout import SequenceLayout, reference_positions
 from megacpp_stp.stp.meter import Meter
+from megacpp_stp.stp.microbatch import Announcement, Facts
 from megacpp_stp.stp.objective import stp_terms
 from megacpp_stp.stp.sampler import DrawKey, draw_triples
 from megacpp_stp.stp.seam import GradScale, coalesce, inject
 from megacpp_stp.stp.taps import Place, StpTaps
-from megacpp_stp.stp.tokens import TokenCount
 
 CONFIG = StpConfig(weight=0.3, n_spans=5, start_step=10, taps=(2, 4), seed=7)
 
@@ -81,7 +82,7 @@ def test_nothing_of_the_sequence_is_kept_alive():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         for length in (64, 1024):
             hidden = torch.randn(length, 2, 16, requires_grad=True)
-            taps_at(10).read(hidden, layer=2, place=Place(10, 0))
+            taps_at(10).read(hidden, tap=2, place=Place(10, 0))
     assert len(saved) == 4
     assert saved[:2] == saved[2:]
     assert max(saved) == 3 * CONFIG.n_spans * 2 * 16
@@ -104,7 +105,7 @@ def test_a_tap_gives_the_gradient_of_plain_autograd(length, batch, width):
     weights = torch.randn_like(states)
     mine, plain = states.clone().requires_grad_(), states.clone().requires_grad_()
     taps = taps_at(10, scale=4.0)
-    (taps.read(mine, layer=4, place=Place(10, 3)) * weights).sum().backward()
+    (taps.read(mine, tap=4, place=Place(10, 3)) * weights).sum().backward()
     weighted, loss = reference_of_tap(plain, iteration=10, layer=4, microbatch=3, weight=CONFIG.weight)
     ((plain * weights).sum() + 4.0 * weighted).backward()
     torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-9, atol=1e-12)
@@ -121,13 +122,13 @@ def test_without_weight_or_before_the_gate_the_state_passes_untouched(iteration,
     config = StpConfig(weight=weight, n_spans=5, start_step=10, taps=(2, 4), seed=7)
     hidden = torch.randn(8, 2, 4, requires_grad=True)
     taps = taps_at(iteration, config)
-    assert taps.read(hidden, layer=2, place=Place(iteration, 0)) is hidden
+    assert taps.read(hidden, tap=2, place=Place(iteration, 0)) is hidden
     assert taps.meter.reduce(device=torch.device("cpu"), groups=[]).readings_by_tap == {2: 1, 4: 0}
 
 
 def test_bf16_states_get_bf16_gradients_from_fp32_rows():
     hidden = torch.randn(16, 2, 8, dtype=torch.bfloat16, requires_grad=True)
-    taps_at(10).read(hidden, layer=2, place=Place(10, 0)).float().sum().backward()
+    taps_at(10).read(hidden, tap=2, place=Place(10, 0)).float().sum().backward()
     assert hidden.grad.dtype == torch.bfloat16
     assert torch.isfinite(hidden.grad).all()
 
@@ -158,11 +159,11 @@ def test_a_step_without_a_token_that_counts_has_no_loss():
 def test_a_tap_weighs_its_reading_by_the_tokens():
     taps, hidden = taps_at(10), torch.randn(8, 2, 4, requires_grad=True)
     for number, tokens in enumerate((3.0, 1.0)):
-        taps.read(hidden, layer=2, place=Place(10, number, torch.tensor(tokens)))
+        taps.read(hidden, tap=2, place=Place(10, number, Facts(tokens=torch.tensor(tokens))))
     weighted = taps.meter.reduce(device=torch.device("cpu"), groups=[]).loss_by_tap[2]
     alone = []
     for number in (0, 1):
-        taps.read(hidden, layer=2, place=Place(10, number))
+        taps.read(hidden, tap=2, place=Place(10, number))
         alone.append(taps.meter.reduce(device=torch.device("cpu"), groups=[]).loss_by_tap[2])
     assert weighted == pytest.approx(0.75 * alone[0] + 0.25 * alone[1], abs=1e-6)
     assert abs(weighted - sum(alone) / 2) > 1e-3
@@ -174,10 +175,10 @@ def test_the_parts_of_a_sequence_have_together_the_gradient_and_loss_of_the_whol
     whole = torch.randn(24, 2, 5, dtype=torch.float64, requires_grad=True)
     rows = []
     monkeypatch.setattr(
-        taps_module, "stp_terms", lambda them, **kwargs: (rows.append(them), stp_terms(them, **kwargs))[1]
+        taps_module, "span_terms", lambda _, them, **kwargs: (rows.append(them), stp_terms(them, **kwargs))[1]
     )
     taps = taps_at(10)
-    taps.read(whole, layer=2, place=Place(10, 1)).sum().backward()
+    taps.read(whole, tap=2, place=Place(10, 1)).sum().backward()
     truth = taps.meter.reduce(device=torch.device("cpu"), groups=[])
 
     def share(layout, mine, owned):
@@ -194,7 +195,7 @@ def test_the_parts_of_a_sequence_have_together_the_gradient_and_loss_of_the_whol
         part = whole.detach()[positions].requires_grad_()
         taps = StpTaps(CONFIG, iteration=lambda: 10, data_rank=0, layout=layout)
         taps.scale.set(torch.ones(1))
-        taps.read(part, layer=2, place=Place(10, 1)).sum().backward()
+        taps.read(part, tap=2, place=Place(10, 1)).sum().backward()
         assert taps.meter.reduce(device=torch.device("cpu"), groups=[]) == truth
         joined[positions] = part.grad
     assert torch.equal(joined, whole.grad)
@@ -212,17 +213,19 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_tap_never_waits_for_the_device(monkeypatch):
-    """Under all splits and per-token loss: nothing reads a value back, or has a shape that depends on one."""
+@pytest.mark.parametrize("objective", ["triple", "chord"])
+def test_a_tap_never_waits_for_the_device(monkeypatch, objective):
+    """Under all splits, with token counts and documents: nothing reads a value back, or has a shape by one."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
     layout = SequenceLayout(tensor_size=2, tensor_rank=1, context_size=2, context_rank=1, group=object())
-    tokens = TokenCount(wanted=True, context_group=object())
-    taps = StpTaps(CONFIG, iteration=lambda: 10, data_rank=0, layout=layout, tokens=tokens)
+    announcement = Announcement(tokens=True, documents=True, context_group=object())
+    config = replace(CONFIG, objective=objective, within_documents=True)
+    taps = StpTaps(config, iteration=lambda: 10, data_rank=0, layout=layout, announcement=announcement)
     taps.scale.set(torch.ones(1))
     hidden = torch.randn(6, 2, 4, requires_grad=True)
     with Operations() as seen:
-        taps.set_tokens(torch.ones(2, 6).sum())
-        taps.read(hidden, layer=2, place=Place(10, 0, tokens.of(0))).sum().backward()
-    assert {"index_select", "index_add"} <= set(seen.names)
+        taps.set_microbatch(tokens=torch.ones(2, 6).sum(), documents=torch.arange(48).reshape(2, 24) // 9)
+        taps.read(hidden, tap=2, place=Place(10, 0, announcement.of(0))).sum().backward()
+    assert {"index_select", "_sparse_coo_tensor_with_dims_and_tensors"} <= set(seen.names)
     assert not {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"} & set(seen.names)
     assert hidden.grad.isfinite().all()

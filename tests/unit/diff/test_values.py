@@ -1,10 +1,13 @@
 """`megacpp-stp diff`: what really differs, and what only follows."""
 
+import json
+
 import pytest
 
 from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.diff import DIFFERENT, EQUAL, EQUAL_IN_EFFECT, GROUPS, compare
 from megacpp_stp.recipe import load_recipe
+from megacpp_stp.recipe.schema import Stp
 from tests.unit.diff.sides import PLAN, TINY, diff, sealed, side, write
 
 
@@ -46,10 +49,8 @@ def test_a_changed_value_is_found_in_its_group(overrides, expected):
 
 
 def test_a_section_that_goes_is_each_of_its_values():
-    result = compare(side(), side("stp=null"))
-    assert {item.path: item.b for item in result.differences} == dict.fromkeys(
-        ("stp.weight", "stp.n_spans", "stp.start_step", "stp.taps", "stp.seed")
-    )
+    result = compare(side("stp.max_span=9"), side("stp=null"))
+    assert {item.path: item.b for item in result.differences} == dict.fromkeys(f"stp.{key}" for key in Stp.model_fields)
 
 
 def test_devices_differ_in_the_environment():
@@ -107,7 +108,8 @@ def test_only_the_idle_override_is_called_idle():
 
 
 def test_a_section_override_is_idle_only_when_nothing_in_it_differs():
-    text = "stp={weight: 0.5, n_spans: 4, start_step: 150, taps: [6, 12], seed: 1234}"
+    section = load_recipe("nam56r-tiny").stp.model_dump(mode="json")
+    text = f"stp={json.dumps(section | {'weight': 0.5})}"
     assert compare(side(), side(text)).idle_overrides == ()
     assert compare(side("stp.weight=0.5"), side(text)).verdict == EQUAL_IN_EFFECT
 

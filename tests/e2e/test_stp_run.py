@@ -1,0 +1,81 @@
+"""A run with everything that STP's keys can ask for: places by name, documents, a window, a ramp, a diagnosis."""
+
+import json
+
+import pytest
+
+from megacpp_stp.runs.metrics import read_metrics
+from tests.e2e.test_plugin import scalars
+
+KEYS = (
+    "stp.taps=[{family: A, last: 1}, final, final-norm]",
+    "stp.within_documents=true",
+    "stp.max_span=20",
+    "stp.start_step=2",
+    "stp.ramp_steps=3",
+    "stp.diagnose_every=2",
+    "training.fused_cross_entropy=torch",
+)
+NAMES = ["9", "12", "final-norm"]
+
+
+@pytest.fixture(scope="module")
+def full_run(cli, short_run, tmp_path_factory):
+    base = tmp_path_factory.mktemp("stp")
+    overrides = [token for key in (*KEYS, f"megatron.tensorboard-dir={base / 'board'}") for token in ("--set", key)]
+    done = cli(*short_run, *overrides, "--run-dir", str(base / "run"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return base / "run", read_metrics(base / "run" / "metrics.jsonl"), scalars(base / "board")
+
+
+def test_the_weight_rises_after_the_gate(full_run):
+    _, records, _ = full_run
+    weights = [0, 0, 0.02 / 3, 0.04 / 3, 0.02, 0.02]
+    assert [record["stp_weight"] for record in records] == pytest.approx(weights)
+    for record in records:
+        assert record["stp_weighted"] == record["stp_weight"] * record["stp_loss"]
+
+
+def test_every_tap_is_measured_by_its_name_and_family(full_run):
+    directory, records, _ = full_run
+    for record in records:
+        assert list(record["stp_loss_by_tap"]) == sorted(NAMES)  # as JSON is written
+        straight = record["stp_straightness_by_tap"]
+        assert straight == {name: 1 - loss for name, loss in record["stp_loss_by_tap"].items()}
+        by_family = {"A": straight["9"], "R": straight["12"], "final-norm": straight["final-norm"]}
+        assert record["stp_straightness_by_family"] == by_family
+        assert record["stp_valid_fraction"] > 0.9
+    receipt = json.loads((directory / "receipt.json").read_text())
+    assert receipt["taps_fed"] == [9, 12, "final-norm"]
+
+
+def test_the_loss_was_computed_without_logits_and_is_the_same(full_run, run):
+    directory, records, _ = full_run
+    receipt = json.loads((directory / "receipt.json").read_text())
+    assert receipt["fused_cross_entropy"] == {"backend": "torch", "losses_in_first_iteration": 4}
+    plain = read_metrics(run[0] / "metrics.jsonl")
+    assert "fused_cross_entropy" not in json.loads((run[0] / "receipt.json").read_text())
+    for mine, theirs in zip(records[:2], plain[:2], strict=True):  # then the gates differ
+        assert mine["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def test_every_second_iteration_is_diagnosed(full_run):
+    _, records, _ = full_run
+    for record in records:
+        assert ("stp_effective_rank_by_tap" in record) == (record["iteration"] % 2 == 0)
+    last, closed = records[-1], records[1]
+    assert all(1 < rank < 128 for rank in last["stp_effective_rank_by_tap"].values())
+    assert all(0 < share < 1 for share in last["stp_gradient_share_by_tap"].values())
+    assert set(closed["stp_gradient_share_by_tap"].values()) == {None}  # the gate is closed
+    assert last["stp_clock_share_by_tap"].keys() == set(NAMES)
+
+
+def test_the_board_shows_what_the_metrics_say(full_run):
+    _, records, board = full_run
+    for name in NAMES:
+        losses = [record["stp_loss_by_tap"][name] for record in records]
+        assert board[f"stp loss/{name}"] == pytest.approx(losses, rel=1e-6)
+    assert board["stp weight"] == pytest.approx([record["stp_weight"] for record in records])
+    assert board["stp loss"] == pytest.approx([record["stp_loss"] for record in records], rel=1e-6)
+    assert len(board["stp effective rank/12"]) == 3
