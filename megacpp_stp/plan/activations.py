@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megacpp_stp.plan import mixer_activations
-from megacpp_stp.plan.kept import BOOL, FP32, INT64, Bytes, Kept, Passing, Setting
+from megacpp_stp.plan.kept import BOOL, FP32, INT32, INT64, Bytes, Kept, Passing, Setting
 from megacpp_stp.plan.layers import attention_of, mla_of, moe_of, sparse_of
 from megacpp_stp.plan.parameters import MTP, Part, PartKind, padded_vocab_size
 from megacpp_stp.recipe.schema import Recipe
@@ -53,6 +53,8 @@ _LOSS_PASS_SUMMED = 14
 """[b, s, keys], beside the former: the indexer's scores, two masks and the chosen keys."""
 _LOSS_PASS_INDEXER = 13
 """[s, b, indexer heads, keys]: three fp32 tensors and a mask, in backward, when the former are gone."""
+_CHUNK_SCRATCH = 256 * 2**20
+"""Of `megacpp_stp.dsa.chunks`, on a GPU."""
 _INDEXER_PASS = 8
 """[s, b, indexer heads, keys]: two fp32 tensors in forward, with a loss or without."""
 
@@ -65,6 +67,8 @@ def passing(recipe: Recipe, part: Part) -> Passing:
     if part.kind != "dsa":
         return Passing()
     model, indexer, keys = recipe.model, sparse_of(recipe.model), recipe.training.sequence_length
+    if indexer.kernel == "chunked":
+        return Passing(attention=_chunks(recipe))
     scores, indexed = model.heads * keys, indexer.indexer_heads * keys
     found = [Bytes(whole=_INDEXER_PASS * indexed)]
     if indexer.loss_coeff:
@@ -110,6 +114,15 @@ def _around_attention(setting: Setting, *, own: bool = True) -> int:
     return _pre_norm(setting, own=own) + (setting.element * setting.model.hidden_size if missing else 0)
 
 
+def _chunks(recipe: Recipe) -> Bytes:
+    """The scratch of `megacpp_stp.dsa.chunks` and fp32 gradients of the keys and of the indexer's query."""
+    block, indexer = mla_of(recipe.model), sparse_of(recipe.model)
+    key = block.kv_lora_rank + block.qk_pos_emb_head_dim
+    tokens = recipe.training.sequence_length * recipe.training.micro_batch_size // recipe.parallel.context
+    gradients = FP32 * (key * recipe.parallel.context + indexer.indexer_heads * indexer.indexer_head_dim)
+    return Bytes(whole=-(-_CHUNK_SCRATCH // tokens) + gradients)
+
+
 def _attention(setting: Setting) -> Kept:
     """Query, key, value, result (which the output projection keeps too) and log-sum-exp, as a fused kernel keeps them.
 
@@ -138,7 +151,7 @@ def _mla(setting: Setting) -> Kept:
 
 
 def _dsa(setting: Setting) -> Kept:
-    """Absorbed MLA and its indexer on the plain path: no backend of fused kernels is asked for.
+    """Absorbed MLA and its indexer: on the plain path, as if no fused kernels were asked for, or in chunks.
 
     A key is the latent and the rotary part, one for all heads; of all keys each context-parallel rank has its own copy.
     """
@@ -160,17 +173,22 @@ def _dsa(setting: Setting) -> Kept:
 def _sparse_core(setting: Setting) -> Bytes:
     """Query, key and value as the plain path multiplies them, keys and values once for every head; and the result.
 
-    Query and key in fp32, of which the query is the layer's own where that is the compute dtype.
+    Query and key in fp32, of which the query is the layer's own where that is the compute dtype. In chunks: the result,
+    the log-sum-exp and the chosen keys.
     """
     n, block, e = setting.model.heads, mla_of(setting.model), setting.element
     latent, context = block.kv_lora_rank, setting.recipe.parallel.context
     key = latent + block.qk_pos_emb_head_dim
+    if _in_chunks(setting):
+        return Bytes(tensor=n * (latent * e + FP32), whole=INT32 * sparse_of(setting.model).topk)
     query = 0 if e == FP32 else FP32 * n * key
     return Bytes(tensor=query + n * (FP32 * key + latent * e) * context + n * latent * e)
 
 
 def _sparse_scores(setting: Setting) -> Bytes:
     """Scores, exponentials and masks over all keys, and the probabilities in the compute dtype; five rows a head."""
+    if _in_chunks(setting):
+        return Bytes()
     n, s = setting.model.heads, setting.recipe.training.sequence_length
     row = 2 * FP32 + INT64 + BOOL
     return Bytes(tensor=n * (s * (2 * FP32 + setting.element + 3 * BOOL) + row))
@@ -186,9 +204,14 @@ def _indexer(setting: Setting) -> Bytes:
     if not indexer.loss_coeff:
         return Bytes()
     width = indexer.indexer_head_dim
-    own = (indexer.indexer_heads * (width + 1) + 2 * width) * e + 2 * e + INT64 * indexer.topk
+    chosen = 0 if _in_chunks(setting) else INT64 * indexer.topk
+    own = (indexer.indexer_heads * (width + 1) + 2 * width) * e + 2 * e + chosen
     gathered = (setting.model.hidden_size + block.q_lora_rank) * e if setting.recipe.parallel.sequence_parallel else 0
     return Bytes(whole=own + gathered)
+
+
+def _in_chunks(setting: Setting) -> bool:
+    return sparse_of(setting.model).kernel == "chunked"
 
 
 def _mlp(setting: Setting) -> Kept:

@@ -122,6 +122,8 @@ def _sparse(recipe: Recipe, block: Mla) -> Iterator[Argument]:
     yield _arg("--dsa-indexer-n-heads", sparse.indexer_heads, f"{field}.indexer_heads")
     yield _arg("--dsa-indexer-head-dim", sparse.indexer_head_dim, f"{field}.indexer_head_dim")
     yield _arg("--dsa-indexer-topk", sparse.topk, f"{field}.topk")
+    if sparse.loss == "sparse":
+        yield _flag("--dsa-indexer-use-sparse-loss", f"{field}.loss")
     yield _arg("--dsa-indexer-loss-coeff", sparse.loss_coeff, f"{field}.loss_coeff")
     # A rotation of query and key alike changes no score; it would need bf16 and a package for it.
     yield _flag("--no-dsa-indexer-rotate-activation", f"{field} (NAM family)")

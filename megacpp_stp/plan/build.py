@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from megacpp_stp.plan.argv import Argument, emit
 from megacpp_stp.plan.checks import check, data_parallel_size, micro_batches
 from megacpp_stp.plan.env import EnvVar, environment
 from megacpp_stp.plan.gaps import Gap, find_gaps
+from megacpp_stp.plan.layers import sparse_of
 from megacpp_stp.plan.lowering import HybridPlan, lower
 from megacpp_stp.plan.stages import choose_stages
 from megacpp_stp.recipe.schema import Recipe
@@ -22,8 +23,6 @@ PLAN_FORMAT = 1
 ENTRY_MODULE = "megacpp_stp.training.entry"
 # The wheel's compile_helpers() would exit on every machine; see patches/dataset-helpers.yaml.
 _ALWAYS = ("dataset-helpers",)
-# Its optimizer cannot save the fp32 parameters of a 16-bit model; see patches/fp32-groups.yaml.
-_IN_16_BITS = ("fp32-groups",)
 
 Device = Literal["cpu", "cuda"]
 
@@ -95,6 +94,15 @@ class RunPlan:
         }
 
 
+def _patches(recipe: Recipe, layout: HybridPlan) -> Iterator[str]:
+    """Surfaces that the run needs; each module of `megacpp_stp.patches` says the same of a plan."""
+    yield from _ALWAYS
+    if layout.numbers("dsa") and sparse_of(recipe.model).kernel == "chunked":
+        yield "dsa-memory"
+    if recipe.training.precision != "fp32" and layout.keeps_fp32:
+        yield "fp32-groups"
+
+
 def plan_digest(content: Mapping[str, Any]) -> str:
     """The digest of a plan as plain data; its own ``digest`` entry, if it has one, is left out."""
     rest = {key: value for key, value in content.items() if key != "digest"}
@@ -136,7 +144,7 @@ def build_plan(recipe: Recipe, *, device: Device = "cuda") -> RunPlan:
         layout=layout,
         arguments=emit(recipe, layout, device=device),
         env=environment(device=device),
-        patches=(*_ALWAYS, *(_IN_16_BITS if recipe.training.precision != "fp32" and layout.keeps_fp32 else ())),
+        patches=tuple(_patches(recipe, layout)),
         gaps=find_gaps(recipe, layout),
         data_parallel=data_parallel_size(recipe),
         micro_batches=micro_batches(recipe),

@@ -70,6 +70,7 @@ def check(recipe: Recipe, layout: HybridPlan) -> None:
     check_stp(recipe)
     _check_optimizer(recipe)
     _check_precision(recipe)
+    _check_sparse(recipe)
     check_checkpoint(recipe, layout)
 
 
@@ -333,6 +334,18 @@ def _check_recompute(recipe: Recipe) -> None:
                 value=list(recompute.modules),
                 fix=f"leave {module} out",
             )
+
+
+def _check_sparse(recipe: Recipe) -> None:
+    block, option = recipe.model.families.A, "dsa-kernel-backend"
+    sparse = block.sparse if isinstance(block, Mla) else None
+    if sparse and sparse.kernel != "upstream" and option in recipe.megatron:
+        raise UserError(
+            f"names other kernels than model.families.A.sparse.kernel, {sparse.kernel}",
+            field=f"megatron.{option}",
+            value=recipe.megatron[option],
+            fix="leave it out, or set the kernel to upstream",
+        )
 
 
 def _check_precision(recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from megacpp_stp.recipe.schema import Model, Parallel, Recipe
 
-FP32, INT64, BOOL = 4, 8, 1
+FP32, INT32, INT64, BOOL = 4, 4, 8, 1
 COMPUTE_BYTES = {"fp32": FP32, "bf16": 2, "fp16": 2}
 
 

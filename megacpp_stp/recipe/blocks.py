@@ -20,6 +20,11 @@ class Sparse(Section):
     """Width of one indexer head."""
     topk: Positive
     """Keys that a query attends to."""
+    kernel: Literal["upstream", "chunked"]
+    """chunked: ours, which holds no tensor of all heads and keys; upstream: Megatron's plain path, or the kernels that
+    `megatron.dsa-kernel-backend` names."""
+    loss: Literal["dense", "sparse"]
+    """Whether the indexer learns from all keys or from the chosen ones."""
     loss_coeff: Rate
     """Coefficient of the indexer's own loss; 0 trains no indexer."""
 

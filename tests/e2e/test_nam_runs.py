@@ -11,7 +11,8 @@ import pytest
 from megacpp_stp.runs.metrics import read_metrics
 
 MODEL = (
-    "model.families.A.sparse={ranks: [1, 2], indexer_heads: 2, indexer_head_dim: 16, topk: 16, loss_coeff: 1.0e-2}",
+    "model.families.A.sparse={ranks: [1, 2], indexer_heads: 2, indexer_head_dim: 16, topk: 16, "
+    "kernel: chunked, loss: sparse, loss_coeff: 1.0e-2}",
     "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 32, "
     "complex_rotation: true}",
     "model.families.R={block: m2rnn, heads: 4, key_dim: 16, value_dim: 16, conv_kernel: 4, checkpoint_every: 32}",

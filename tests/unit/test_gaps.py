@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
 from megacpp_stp.recipe import load_recipe
 
 MAMBA3 = "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 16, "
 MAMBA3 += "complex_rotation: false}"
 M2RNN = "model.families.R={block: m2rnn, heads: 4, key_dim: 16, value_dim: 8, conv_kernel: 4, checkpoint_every: 16}"
-SPARSE = "model.families.A.sparse={ranks: [1, 2], indexer_heads: 2, indexer_head_dim: 32, topk: 16, loss_coeff: 0.01}"
+SPARSE = (
+    "model.families.A.sparse={ranks: [1, 2], indexer_heads: 2, indexer_head_dim: 32, topk: 16, "
+    "kernel: upstream, loss: dense, loss_coeff: 0.01}"
+)
 MTP = "model.mtp={depths: 1, pattern: AE, loss_coeff: 0.1}"
 STAND_IN = "model.families.{0}={{block: stand-in, runs: mlp, instead_of: {1}}}"
 REAL = (MAMBA3, M2RNN, SPARSE, MTP)
-BF16 = "training.precision=bf16"
+BF16 = ("training.precision=bf16", "training.checkpoint=null")
 
 
 def plan(*overrides: str, name: str = "nam56r-tiny"):
@@ -27,11 +31,31 @@ def fields(*overrides: str, name: str = "nam56r-tiny"):
 
 def test_every_letter_runs_in_the_torch_backend():
     assert fields(*REAL) == []
-    assert fields(*REAL, BF16) == []
+    assert fields(*REAL, *BF16) == []
 
 
-def test_transformer_engine_is_a_gap():
-    assert fields(name="nam52") == ["model.backend"]
+MAMBA2 = "model.families.M={block: mamba2, heads: 80, head_dim: 64, state_dim: 128, groups: 8}"
+
+
+@pytest.mark.parametrize("overrides", [(), (MAMBA2,)])
+def test_transformer_engine_is_no_gap_and_runs_on_gpus_only(overrides):
+    assert fields(*overrides, name="nam52") == []
+    with pytest.raises(UserError, match="run on GPUs only") as caught:
+        build_plan(load_recipe("nam52", overrides), device="cpu")
+    assert caught.value.field == "model.backend"
+
+
+def test_mamba2_needs_transformer_engine():
+    with pytest.raises(UserError, match="Megatron's Mamba-2 mixer") as caught:
+        plan(MAMBA2.replace("80", "8"))
+    assert caught.value.field == "model.families.M.block"
+
+
+def test_the_layers_of_mamba2_are_in_the_arguments():
+    argv = plan(MAMBA2, name="nam52").argv
+    numbers = argv[argv.index("--nam-mamba2-layers") + 1].split(",")
+    assert numbers == [str(number) for number in range(5, 87, 5)]
+    assert "--nam-mamba3-layers" not in argv
 
 
 def test_a_recurrence_has_no_context_parallelism():
@@ -72,9 +96,11 @@ def test_what_needs_sequence_parallelism_is_a_gap_without():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ((*REAL, BF16), ("dataset-helpers", "fp32-groups")),
+        ((*REAL, *BF16), ("dataset-helpers", "fp32-groups")),
         (REAL, ("dataset-helpers",)),
-        ((STAND_IN.format("M", "mamba3"), STAND_IN.format("R", "m2rnn"), BF16), ("dataset-helpers",)),
+        ((STAND_IN.format("M", "mamba3"), STAND_IN.format("R", "m2rnn"), *BF16), ("dataset-helpers", "dsa-memory")),
+        (("model.families.A.sparse.kernel=upstream",), ("dataset-helpers",)),
+        (("model.families.A.sparse=null",), ("dataset-helpers",)),
     ],
 )
 def test_a_plan_asks_for_the_patches_that_it_needs(overrides, expected):

@@ -1,4 +1,4 @@
-"""The draw, the loss and the seam on torch_xla, where it is installed: one program for all steps, nothing done on the host."""
+"""The draw, the loss and the seam on torch_xla, where it is installed: one program for all steps, none on the host."""
 
 import pytest
 import torch

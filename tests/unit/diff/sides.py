@@ -77,7 +77,7 @@ def receipt_of(plan, **changes):
             "packages": {"torch": "2.15.0", "numpy": "2.5.5"},
         },
         "data": {"splits": {"train": {"tokens": 7, "bin_sha256": "ab"}}},
-        "patches": [{"id": "dataset-helpers", "state": "applied"}],
+        "patches": [{"id": name, "state": "applied"} for name in plan["patches"]],
         "parameters": {"total": 5, "by_pipeline_rank": [3, 2]},
         "last": {"lm_loss": 5.0},
         **changes,

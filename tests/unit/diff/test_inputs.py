@@ -44,6 +44,7 @@ def test_receipts_with_their_plans_compare_everything_and_the_substrate(tmp_path
         "optimizer.lr": ("optimisation", 0.003, 0.001),
         "data.splits.train.tokens": ("data", 7, 8),
         "patches.dataset-helpers": ("patches", "applied", None),
+        "patches.dsa-memory": ("patches", "applied", None),
         "substrate.packages.torch": ("substrate", "2.15.0", "2.16.0"),
     }
     assert "parameters.total" in {item["path"] for item in content["consequences"]}
@@ -84,7 +85,8 @@ def test_a_receipt_does_not_take_another_runs_plan(tmp_path):
 def test_a_receipt_of_an_early_end_has_no_patches(tmp_path):
     early = write(tmp_path / "a.json", receipt_of(PLAN, patches=None, parameters=None))
     late = write(tmp_path / "b.json", receipt_of(PLAN))
-    assert found(diff(early, late)) == {"patches.dataset-helpers": ("patches", None, "applied")}
+    change = ("patches", None, "applied")
+    assert found(diff(early, late)) == {"patches.dataset-helpers": change, "patches.dsa-memory": change}
 
 
 def test_this_reads_the_receipts_that_runs_write():
