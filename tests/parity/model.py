@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.parity.cuts import cut_of, part_of
 
 SEQUENCE, BATCH, HIDDEN, VOCAB, HEADS = 24, 2, 32, 64, 4
 _LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
@@ -91,7 +92,7 @@ def build_chunks(
     for stage in range(stages):
         chunk = HybridModel(
             config=config,
-            hybrid_stack_spec=_stack_spec(),
+            hybrid_stack_spec=_stack_spec(layers),
             vocab_size=VOCAB,
             max_sequence_length=SEQUENCE,
             hybrid_layer_pattern="|".join(segments(layers, pipeline * stages)) + (prediction and f"/{prediction}"),
@@ -101,29 +102,38 @@ def build_chunks(
             pg_collection=groups,
             vp_stage=stage if virtual else None,
         )
+        if config.params_dtype == torch.float64:
+            _all_in_double(chunk)
         fill_by_name(chunk)
         chunks.append(chunk)
     return chunks
 
 
-def _stack_spec() -> Any:
-    """The torch backend's, with a head for multi-token prediction of its own linear layers and norms."""
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-    from megatron.core.transformer import multi_token_prediction as mtp
-    from megatron.core.transformer.spec_utils import ModuleSpec
+def _stack_spec(layers: tuple[str, ...]) -> Any:
+    """The torch backend's; the Mamba slots hold a Mamba-3 and an M2RNN mixer in turn."""
+    from megacpp_stp.model.slots import Slots
+    from megacpp_stp.model.specs import nam_torch_stack_spec, torch_stack_spec
 
-    from megacpp_stp.model.norm import RMSNorm
-    from megacpp_stp.model.specs import nam_torch_stack_spec
+    recurrent = [number for number, symbol in enumerate("".join(layers), start=1) if symbol == "M"]
+    if not recurrent:
+        return nam_torch_stack_spec
+    return torch_stack_spec(
+        Slots(
+            mamba3=frozenset(recurrent[::2]),
+            m2rnn=frozenset(recurrent[1::2]),
+            mamba3_options={"chunk_size": 8, "rope_fraction": 0.5},
+            m2rnn_options={"num_heads": 4, "key_dim": 4, "value_dim": 4, "conv_kernel": 3, "checkpoint_every": 8},
+        )
+    )
 
-    head = mtp.MultiTokenPredictionLayerSubmodules(
-        enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm, eh_proj=ColumnParallelLinear
-    )
-    depth = ModuleSpec(module=mtp.MultiTokenPredictionLayer, submodules=head)
-    block = ModuleSpec(
-        module=mtp.MultiTokenPredictionBlock,
-        submodules=mtp.MultiTokenPredictionBlockSubmodules(layer_specs=[depth]),
-    )
-    return replace(nam_torch_stack_spec, submodules=replace(nam_torch_stack_spec.submodules, mtp_block_spec=block))
+
+def _all_in_double(chunk: Any) -> None:
+    """The mixers' parameters that are fp32 in every model too."""
+    from megacpp_stp.model.precision import KeepsFp32
+
+    for module in chunk.modules():
+        if isinstance(module, KeepsFp32):
+            module.double()
 
 
 def segments(layers: tuple[str, ...], count: int) -> list[str]:
@@ -150,38 +160,22 @@ def _global_expert(name: str, config: Any) -> str:
     return _LOCAL_EXPERT.sub(lambda found: str(first + int(found[0])), name)
 
 
-class Shard(NamedTuple):
-    """Which part of a weight this rank holds: part `rank` of `size` along `dim`."""
-
-    dim: int
-    rank: int
-    size: int
-
-
-def shard_of(name: str, parameter: Any) -> Shard | None:
-    """This rank's part of a tensor-parallel weight; None for all of it."""
-    from megatron.core import parallel_state as state
-
-    expert = "local_experts" in name
-    size = state.get_expert_tensor_parallel_world_size() if expert else state.get_tensor_model_parallel_world_size()
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    assert parameter.partition_stride == 1, name
-    rank = state.get_expert_tensor_parallel_rank() if expert else state.get_tensor_model_parallel_rank()
-    return Shard(parameter.partition_dim, rank, size)
-
-
 def fill_by_name(chunk: Any) -> None:
     """Overwrite every weight with noise seeded by its name, or with this rank's part of it."""
     with torch.no_grad():
         for name, parameter in named_parameters(chunk):
-            shard, shape = shard_of(name, parameter), list(parameter.shape)
-            if shard:
-                shape[shard.dim] *= shard.size
+            cut, shape = cut_of(name, parameter), list(parameter.shape)
+            if cut:
+                shape[cut.dim] *= cut.size
             seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            value = noise * 0.1 if parameter.dim() > 1 else 1 + 0.1 * noise
-            parameter.copy_(value.chunk(shard.size, shard.dim)[shard.rank] if shard else value)
+            parameter.copy_(part_of(_first_value(name, noise), cut))
+
+
+def _first_value(name: str, noise: Tensor) -> Tensor:
+    if name.endswith("dt_bias"):
+        return noise - 3  # steps that leave a memory of tens of tokens
+    return 1 + 0.1 * noise if noise.dim() == 1 and not name.endswith("bias") else 0.1 * noise
 
 
 def microbatches(count: int, *, seed: int = 7, masked: bool = False) -> list[dict[str, Tensor]]:
@@ -191,10 +185,12 @@ def microbatches(count: int, *, seed: int = 7, masked: bool = False) -> list[dic
         count: How many.
         seed: Of all of them together.
         masked: Let between a tenth and all of a microbatch's tokens count, the fewer the later they are.
+
+    Each also says where its ``documents`` are, which is for STP alone.
     """
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    for _ in range(count):
+    for number in range(count):
         # No token twice in a sequence: position-wise layers would give both the same states up to rounding, and whether
         # such a direction counts for nothing is then a matter of the last bit.
         tokens = torch.stack([torch.randperm(VOCAB, generator=generator)[: SEQUENCE + 1] for _ in range(BATCH)])
@@ -206,9 +202,29 @@ def microbatches(count: int, *, seed: int = 7, masked: bool = False) -> list[dic
                 "labels": tokens[:, 1:].contiguous(),
                 "loss_mask": kept.float() if masked else torch.ones(BATCH, SEQUENCE),
                 "position_ids": torch.arange(SEQUENCE).repeat(BATCH, 1),
+                "documents": _documents(1000 * seed + number, none_long_enough=number % 4 == 1),
             }
         )
     return batches
+
+
+def _documents(seed: int, *, none_long_enough: bool) -> Tensor:
+    """``[b, s]`` document numbers, the last positions often padding.
+
+    Args:
+        seed: Of the cuts.
+        none_long_enough: Let no document of the last sequence have three positions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row in range(BATCH):
+        longest = 2 if none_long_enough and row == BATCH - 1 else 12
+        lengths = torch.randint(1, longest + 1, (SEQUENCE,), generator=generator)
+        numbers = torch.repeat_interleave(torch.arange(SEQUENCE), lengths)[:SEQUENCE]
+        padding = int(torch.randint(0, 4, (), generator=generator))
+        numbers[SEQUENCE - padding :] = -1
+        rows.append(numbers)
+    return torch.stack(rows)
 
 
 def run_model(chunk: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -20,6 +20,8 @@ from megacpp_stp.plan.lowering import lower
 from megacpp_stp.plan.stages import choose_stages
 from megacpp_stp.recipe import load_recipe
 from megacpp_stp.recipe.schema import Recipe
+from tests.parity.cuts import Cut, cut_of, part_of
+from tests.parity.te_names import torch_name
 
 SEQUENCE, BATCH, VOCAB, STEPS = 48, 2, 256, 5
 BASE = (
@@ -45,6 +47,7 @@ ALL_LETTERS = (
     *BASE,
     "model.families.A={block: mla, q_lora_rank: 24, kv_lora_rank: 24, qk_head_dim: 16, qk_pos_emb_head_dim: 8, "
     "v_head_dim: 12, dense_mlp: false, sparse: {ranks: [1, 2], indexer_heads: 2, indexer_head_dim: 16, topk: 12, "
+    "kernel: upstream, loss: dense, "
     "loss_coeff: 0.1}}",
     "model.mtp={depths: 2, pattern: AE, loss_coeff: 0.3}",
 )
@@ -82,7 +85,7 @@ class Outcome(NamedTuple):
 
     steps: list[Step]
     parameters: dict[str, Tensor]
-    cuts: dict[str, tuple[int, int, int, tuple[int, ...]] | None]
+    cuts: dict[str, Cut | None]
 
 
 def train(overrides: tuple[str, ...], steps: int = STEPS) -> Outcome:
@@ -225,11 +228,11 @@ def microbatches(count: int, *, seed: int) -> Iterator[dict[str, Tensor]]:
 
 
 def named_parameters(chunks: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Parameters under names that are the same in every layout: by global layer and expert number."""
+    """Parameters under names that are the same in every layout and backend: by global layer and expert number."""
     for chunk in chunks:
         first = {number: layer.layer_number for number, layer in enumerate(chunk.decoder.layers)}
         for name, parameter in chunk.named_parameters():
-            parts = name.split(".")
+            parts = torch_name(name).split(".")
             if name.startswith("decoder.layers."):
                 parts[2] = str(first[int(parts[2])])
             if "local_experts" in parts:
@@ -245,35 +248,13 @@ def _first_expert(config: Any) -> int:
     return state.get_expert_model_parallel_rank() * experts
 
 
-def cut_of(name: str, parameter: Any) -> tuple[int, int, int, tuple[int, ...]] | None:
-    """How this rank's part of a weight is cut: dimension, rank, ranks, sizes of what is cut each for itself."""
-    from megatron.core import parallel_state as state
-
-    expert = "local_experts" in name
-    size = state.get_expert_tensor_parallel_world_size() if expert else state.get_tensor_model_parallel_world_size()
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    rank = state.get_expert_tensor_parallel_rank() if expert else state.get_tensor_model_parallel_rank()
-    dim = parameter.partition_dim
-    return dim, rank, size, tuple(getattr(parameter, "partition_sizes", None) or [parameter.shape[dim]])
-
-
-def part_of(whole: Tensor, cut: tuple[int, int, int, tuple[int, ...]] | None) -> Tensor:
-    """One rank's part of a whole weight."""
-    if cut is None:
-        return whole
-    dim, rank, size, parts = cut
-    wholes = whole.split([part * size for part in parts], dim=dim)
-    return torch.cat([part.chunk(size, dim=dim)[rank] for part in wholes], dim=dim)
-
-
 def fill_by_name(chunks: list[Any]) -> None:
     """Overwrite every weight with noise seeded by its name, or with this rank's part of it."""
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
             cut, shape = cut_of(name, parameter), list(parameter.shape)
             if cut:
-                shape[cut[0]] *= cut[2]
+                shape[cut.dim] *= cut.size
             seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
             parameter.copy_(part_of(_first_value(name, noise), cut))

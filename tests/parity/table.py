@@ -8,14 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import Tensor
 
-from tests.parity._gloo import run_ranks
-from tests.parity.cells import CELLS, Cell, cell
-from tests.parity.gradients import Outcome, plain_outcomes, schedule_outcome
+from tests.parity._gloo import Layout, run_ranks
+from tests.parity.cell import Cell
+from tests.parity.cells import CELLS, cell
+from tests.parity.cuts import whole_of
+from tests.parity.gradients import schedule_outcomes
+from tests.parity.plain import plain_outcomes
+from tests.parity.side import Outcome
 
 Errors = dict[str, float]
+_BATCH = 8  # cells of one start at most: the first test of a batch waits for all of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +47,7 @@ class Row:
 def _truths(quick: bool) -> dict[str, Outcome]:
     """Plain autograd's outcomes for the quick cells or for the others, from one process."""
     plain = {repr(chosen.plain): chosen.plain for chosen in CELLS if chosen.quick is quick}
-    return dict(zip(plain, run_ranks(plain_outcomes, 1, list(plain.values()), timeout=600)[0], strict=True))
+    return dict(zip(plain, run_ranks(plain_outcomes, 1, list(plain.values()), timeout=1200)[0], strict=True))
 
 
 def truth_of(chosen: Cell) -> Outcome:
@@ -70,14 +74,16 @@ def whole_copies(ranks: Sequence[Outcome], what: str) -> list[tuple[str, Tensor]
     copies = []
     for rank in ranks:
         for name, value in getattr(rank, what).items():
-            shard = rank.shards[name]
-            if shard is None:
+            cut = rank.cuts[name]
+            if cut is None:
                 copies.append((name, value))
             else:
-                parts[name, rank.replica, shard.dim, shard.size].append((shard.rank, value))
-    for (name, _, dim, size), found in parts.items():
-        assert sorted(rank for rank, _ in found) == list(range(size)), name
-        copies.append((name, torch.cat([value for _, value in sorted(found, key=lambda part: part[0])], dim)))
+                parts[name, rank.replica].append((cut, value))
+    for (name, _), found in parts.items():
+        found.sort(key=lambda part: part[0].rank)
+        cut = found[0][0]
+        assert [part.rank for part, _ in found] == list(range(cut.size)), name
+        copies.append((name, whole_of([value for _, value in found], cut)))
     return copies
 
 
@@ -86,14 +92,28 @@ def gradient_errors(ranks: Sequence[Outcome], truth: Outcome) -> Errors:
     return relative_errors(whole_copies(ranks, "gradients"), truth.gradients)
 
 
-def run(chosen: Cell) -> list[Outcome]:
+@cache
+def _outcomes(quick: bool, layout: Layout, world_size: int, batch: int) -> dict[str, list[Outcome]]:
+    """What each rank found, by cell; starting the ranks costs more than most cells, so that some share them."""
+    cells = _alike(quick, layout, world_size)[batch * _BATCH : (batch + 1) * _BATCH]
+    ranks = run_ranks(schedule_outcomes, world_size, cells, layout=layout, timeout=120.0 * len(cells))
+    return {chosen.name: list(found) for chosen, found in zip(cells, zip(*ranks, strict=True), strict=True)}
+
+
+def _alike(quick: bool, layout: Layout, world_size: int) -> list[Cell]:
+    wanted = quick, layout, world_size
+    return [chosen for chosen in CELLS if (chosen.quick, chosen.layout, chosen.world_size) == wanted]
+
+
+def outcomes_of(chosen: Cell) -> list[Outcome]:
     """What each rank of a cell found."""
-    return run_ranks(schedule_outcome, chosen.world_size, chosen, layout=chosen.layout)
+    alike = chosen.quick, chosen.layout, chosen.world_size
+    return _outcomes(*alike, _alike(*alike).index(chosen) // _BATCH)[chosen.name]
 
 
-def row_of(chosen: Cell, ranks: Sequence[Outcome]) -> Row:
-    """The errors of a cell that has run."""
-    truth = truth_of(chosen)
+def row_of(chosen: Cell) -> Row:
+    """The errors of a cell."""
+    ranks, truth = outcomes_of(chosen), truth_of(chosen)
     gradients = gradient_errors(ranks, truth)
     worst = max(gradients, key=lambda name: gradients[name])
     parameter = None
@@ -109,12 +129,6 @@ def row_of(chosen: Cell, ranks: Sequence[Outcome]) -> Row:
     )
 
 
-def measure(cells: Iterable[Cell] = CELLS) -> Iterable[Row]:
-    """Run cells one after the other; each row comes when its cell is through."""
-    for chosen in cells:
-        yield row_of(chosen, run(chosen))
-
-
 def render(rows: Iterable[Row]) -> Iterable[str]:
     """Lines of a Markdown table."""
     yield "| cell | ranks | gradient | worst parameter | parameters after the steps | STP loss |"
@@ -125,5 +139,5 @@ def render(rows: Iterable[Row]) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    for line in render(measure([cell(name) for name in sys.argv[1:]] or CELLS)):
+    for line in render(map(row_of, [cell(name) for name in sys.argv[1:]] or CELLS)):
         print(line, flush=True)

@@ -13,26 +13,27 @@ from unittest import mock
 import pytest
 import torch
 
+from megacpp_stp.stp import scale as scale_module
 from megacpp_stp.stp import taps as taps_module
+from megacpp_stp.stp.config import FINAL_NORM, StpConfig
 from megacpp_stp.stp.layout import SequenceLayout
+from megacpp_stp.stp.microbatch import Announcement
 from megacpp_stp.stp.scale import row_factor
 from megacpp_stp.stp.seam import GradScale
 from megacpp_stp.stp.taps import StpTaps
-from megacpp_stp.stp.tokens import TokenCount
 from tests.parity._gloo import run_ranks
 from tests.parity.cells import cell
 from tests.parity.gradients import Rank, schedule_outcome
 from tests.parity.model import BATCH, SEQUENCE
-from tests.parity.table import gradient_errors, truth_of
+from tests.parity.table import gradient_errors, relative_errors, truth_of, whole_copies
 
 FAR = 1e-2  # relative error of some gradient; the cells themselves stay below 3e-6
+FAR_AFTER = 1e-3  # of some parameter after the steps; the cells themselves stay below 3e-6
 
 
 def _factor(change):
     """Let the factor of the rows be changed."""
-    return mock.patch.object(
-        taps_module, "row_factor", lambda config, *, tokens: change(row_factor(config, tokens=tokens))
-    )
+    return mock.patch.object(taps_module, "row_factor", lambda config, **keys: change(row_factor(config, **keys)))
 
 
 def _hook_value(change):
@@ -80,17 +81,17 @@ def _contiguous():
 @contextmanager
 def _tokens_unmasked():
     """Count all tokens, masked ones too."""
-    take = StpTaps.set_tokens
-    with mock.patch.object(StpTaps, "set_tokens", lambda taps, count: take(taps, torch.tensor(BATCH * SEQUENCE))):
+    take, all_of_them = StpTaps.set_microbatch, torch.tensor(BATCH * SEQUENCE)
+    with mock.patch.object(StpTaps, "set_microbatch", lambda taps, **_: take(taps, tokens=all_of_them)):
         yield
 
 
 @contextmanager
 def _tokens_of_one_rank():
     """Do not add the tokens of the other context-parallel ranks."""
-    init = TokenCount.__init__
+    init = Announcement.__init__
     with mock.patch.object(
-        TokenCount, "__init__", lambda self, *, wanted, context_group=None: init(self, wanted=wanted)
+        Announcement, "__init__", lambda self, *, context_group=None, **wanted: init(self, **wanted)
     ):
         yield
 
@@ -123,6 +124,100 @@ def _scale_fixed_at_the_start():
         yield
 
 
+@contextmanager
+def _layers_counted_alone():
+    """Divide by the number of tapped layers, the final norm left out."""
+
+    def wrong(config, **keys):
+        layers = tuple(tap for tap in config.taps if tap != FINAL_NORM)
+        return row_factor(replace(config, taps=layers), **keys)
+
+    with mock.patch.object(taps_module, "row_factor", wrong):
+        yield
+
+
+@contextmanager
+def _ramp_ignored():
+    """The whole weight once the gate is open."""
+    with mock.patch.object(StpConfig, "weight_at", lambda config, iteration: config.weight):
+        yield
+
+
+@contextmanager
+def _another_policy(**changes):
+    """Draw and measure as another policy says."""
+    draw, terms = taps_module.draw_spans, taps_module.span_terms
+    with (
+        mock.patch.object(taps_module, "draw_spans", lambda config, *a, **k: draw(replace(config, **changes), *a, **k)),
+        mock.patch.object(
+            taps_module, "span_terms", lambda config, *a, **k: terms(replace(config, **changes), *a, **k)
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def _documents_ignored():
+    """Draw from whole sequences."""
+    draw = taps_module.draw_spans
+    with mock.patch.object(taps_module, "draw_spans", lambda *a, **k: draw(*a, **k | {"documents": None})):
+        yield
+
+
+@contextmanager
+def _documents_of_the_first_microbatch():
+    """Keep the documents that were said first."""
+    take, first = StpTaps.set_microbatch, []
+
+    def wrong(taps, *, tokens, documents):
+        first.append(documents)
+        take(taps, tokens=tokens, documents=first[0])
+
+    with mock.patch.object(StpTaps, "set_microbatch", wrong):
+        yield
+
+
+@contextmanager
+def _indexer_scale_dropped():
+    """Take the configuration's slot without what the schedules would have called."""
+    with mock.patch.object(scale_module, "_upstream_default", lambda transformer_config: None):
+        yield
+
+
+@contextmanager
+def _indexer_scale_doubled():
+    """Hand the indexer a scale of STP's."""
+    default = scale_module._upstream_default
+
+    def wrong(transformer_config):
+        feed = default(transformer_config)
+        return lambda value: feed(2 * value)
+
+    with mock.patch.object(scale_module, "_upstream_default", wrong):
+        yield
+
+
+@contextmanager
+def _scale_of_the_first_step():
+    """Keep the first value that the schedule hands over."""
+    first = []
+
+    def keep(value):
+        first.append(value.clone())
+        return first[0]
+
+    with _hook_value(keep):
+        yield
+
+
+@contextmanager
+def _ramp_that_stays():
+    """Keep the weight of the first step."""
+    weight_at = StpConfig.weight_at
+    with mock.patch.object(StpConfig, "weight_at", lambda config, iteration: weight_at(config, config.start_step)):
+        yield
+
+
 MUTANTS = {
     "twice": (lambda: _factor(lambda factor: 2 * factor), "PP2"),
     "half, beside the experts' losses": (lambda: _factor(lambda factor: factor / 2), "PP2, experts' losses"),
@@ -140,13 +235,39 @@ MUTANTS = {
     "tokens unmasked": (_tokens_unmasked, "per token, DP2"),
     "tokens of one context rank": (_tokens_of_one_rank, "per token, CP2"),
     "microbatch of the layer": (_microbatch_of_the_layer, "PP2, full recomputation, uniform"),
+    "final norm not counted": (_layers_counted_alone, "final norm and layers, PP2"),
+    "ramp ignored": (_ramp_ignored, "ramp over 3 steps, PP2"),
+    "window ignored": (lambda: _another_policy(max_span=None), "window of 5, PP2"),
+    "triple for chord": (lambda: _another_policy(objective="triple"), "chord, PP2"),
+    "documents ignored": (_documents_ignored, "documents, PP2"),
+    "documents of the first microbatch": (_documents_of_the_first_microbatch, "documents, PP2"),
+    "documents of the microbatch of the layer": (_microbatch_of_the_layer, "documents, full recomputation, PP2"),
+    "indexer's scale dropped": (_indexer_scale_dropped, "letters, PP2"),
+    "indexer's scale doubled": (_indexer_scale_doubled, "letters, PP2"),
 }
-QUICK = {"twice", "microbatches missing", "taps of the stage", "context size missing", "microbatch of the layer"}
+# Right in the first step and wrong in the later ones: seen in the parameters.
+LATER = {
+    "loss scale of the first step": (_scale_of_the_first_step, "loss scale 1024, 512, 2048, PP2"),
+    "loss scale of the first step, skipped step": (
+        _scale_of_the_first_step,
+        "Megatron's loss scaler, a step skipped, PP2",
+    ),
+    "ramp that stays": (_ramp_that_stays, "ramp over 3 steps, PP2"),
+}
+QUICK = {
+    "twice",
+    "microbatches missing",
+    "taps of the stage",
+    "context size missing",
+    "microbatch of the layer",
+    "documents ignored",
+    "indexer's scale dropped",
+}
 
 
 def mutated(chosen, name):
-    """One rank's first gradients with the mutant in place."""
-    mutant, _ = MUTANTS[name]
+    """What one rank finds with the mutant in place."""
+    mutant, _ = (MUTANTS | LATER)[name]
     with ExitStack() as stack:
         stack.enter_context(mutant())
         return schedule_outcome(chosen)
@@ -165,3 +286,13 @@ def test_the_comparison_fails_with(name):
         layout=chosen.layout,
     )
     assert max(gradient_errors(ranks, truth_of(chosen)).values()) > FAR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LATER)
+def test_the_comparison_of_later_steps_fails_with(name):
+    chosen = cell(LATER[name][1])
+    ranks, truth = run_ranks(mutated, chosen.world_size, chosen, name, layout=chosen.layout), truth_of(chosen)
+    assert max(gradient_errors(ranks, truth).values()) <= chosen.tolerance
+    errors = relative_errors(whole_copies(ranks, "parameters"), truth.parameters)
+    assert max(errors.values()) > FAR_AFTER, max(errors.values())

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megacpp_stp.stp.config import FINAL_NORM
 from tests.parity._gloo import run_ranks
-from tests.parity.cells import ITERATION, STEPS, cell
+from tests.parity.cell import ITERATION, STEPS
+from tests.parity.cells import cell
 from tests.parity.gradients import streams_after, trained
 
 CELL = replace(cell("PP2"), taps=(2, 7), microbatches=(2,) * STEPS)
@@ -19,6 +21,14 @@ WAYS = {
     "without": None,
     "weight 0": replace(STP, weight=0.0, start_step=0),
     "gate not reached": replace(STP, start_step=ITERATION + STEPS),
+    "gate not reached, with all else": replace(
+        STP,
+        start_step=ITERATION + STEPS,
+        taps=(*STP.taps, FINAL_NORM),
+        objective="chord",
+        within_documents=True,
+        ramp_steps=2,
+    ),
     "last step": replace(STP, start_step=ITERATION + STEPS - 1),
 }
 
@@ -30,7 +40,7 @@ def parameters():
     return {way: one | other for way, one, other in zip(WAYS, first, second, strict=True)}
 
 
-@pytest.mark.parametrize("way", ["weight 0", "gate not reached"])
+@pytest.mark.parametrize("way", ["weight 0", "gate not reached", "gate not reached, with all else"])
 def test_parameters_are_bit_identical_to_a_run_without_stp(parameters, way):
     without, found = parameters["without"], parameters[way]
     assert found.keys() == without.keys()
