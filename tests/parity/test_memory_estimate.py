@@ -264,7 +264,8 @@ def indexed(heads: int, indexer_heads: int, queries: int, keys: int) -> tuple[in
 
 
 def sparse(*overrides: str, indexer_heads: int, loss: str) -> Any:
-    block = f"{{ranks: [0, 2], indexer_heads: {indexer_heads}, indexer_head_dim: 24, topk: 16, loss_coeff: {loss}}}"
+    sizes = f"indexer_heads: {indexer_heads}, indexer_head_dim: 24, topk: 16"
+    block = f"{{ranks: [0, 2], {sizes}, kernel: upstream, loss: dense, loss_coeff: {loss}}}"
     return load_recipe(STAND_INS, (*COMMON, f"model.families.A.sparse={block}", *overrides))
 
 

@@ -19,7 +19,10 @@ from tests.parity._gloo import Layout, run_ranks
 from tests.recipes import STAND_INS
 
 GQA = "model.families.A={block: attention, head_dim: 48, kv_groups: 2, dense_mlp: false}"
-SPARSE = "model.families.A.sparse={ranks: [0, 2], indexer_heads: 2, indexer_head_dim: 24, topk: 16, loss_coeff: 0.01}"
+SPARSE = (
+    "model.families.A.sparse={ranks: [0, 2], indexer_heads: 2, indexer_head_dim: 24, topk: 16, "
+    "kernel: upstream, loss: dense, loss_coeff: 0.01}"
+)
 MAMBA3 = (
     "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 16, "
     "complex_rotation: false}"

@@ -109,7 +109,10 @@ MAMBA3 = (
     "model.families.M={block: mamba3, heads: 112, head_dim: 64, state_dim: 64, groups: 8, chunk_size: 64, "
     "complex_rotation: false}"
 )
-SPARSE = "model.families.A.sparse={ranks: [0, 2], indexer_heads: 2, indexer_head_dim: 24, topk: 64, loss_coeff: 0.01}"
+SPARSE = (
+    "model.families.A.sparse={ranks: [0, 2], indexer_heads: 2, indexer_head_dim: 24, topk: 64, "
+    "kernel: upstream, loss: dense, loss_coeff: 0.01}"
+)
 PREDICTION = "model.mtp={depths: 2, pattern: AE, loss_coeff: 0.3}"
 
 

@@ -314,9 +314,9 @@ def train() -> None:
     from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megacpp_stp.patches.dataset_helpers import apply
+    from megacpp_stp.patches.registry import Registry
 
-    apply()
+    Registry.load().activate({"patches": ["dataset-helpers"]})
     args = parse_and_validate_args()
     datasets.is_distributed = True
     config = pretrain_cfg_container_from_args(args, hybrid_config_from_args(args))

@@ -28,7 +28,10 @@ from megacpp_stp.recipe import load_recipe
 from tests.recipes import STAND_INS
 from tests.unit.test_cuts import every_cut, meets
 
-SPARSE = "model.families.A.sparse={ranks: [0, 2], indexer_heads: 2, indexer_head_dim: 32, topk: 16, loss_coeff: 0.01}"
+SPARSE = (
+    "model.families.A.sparse={ranks: [0, 2], indexer_heads: 2, indexer_head_dim: 32, topk: 16, "
+    "kernel: upstream, loss: dense, loss_coeff: 0.01}"
+)
 MAMBA3 = (
     "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 16, "
     "complex_rotation: false}"
