@@ -189,7 +189,7 @@ def refuse_latent_attention(config: MLATransformerConfig) -> None:
     """
     if config.q_lora_rank is None:
         raise BuildError(
-            "the torch backend has MLA with a query latent only",
+            "the NAM stack has MLA with a query latent only",
             field="--q-lora-rank",
             fix="set --q-lora-rank",
         )

@@ -2,7 +2,8 @@
 
 Source: DeepSeek-V3.2-Exp's report, section 2.1; megatron-core's ``absorbed_mla.py`` and ``dsa.py``.  In the absorbed
 form queries and keys have kv_lora_rank + qk_pos_emb_head_dim channels and values kv_lora_rank, one key/value head for
-all queries, and each query attends to the top-k keys that the indexer finds.
+all queries, and each query attends to the top-k keys that the indexer finds.  The core is upstream's ``DSAttention``,
+on its plain path or by the row in its table of kernels that ``config.dsa_kernel_backend`` names.
 
 Legend: s sequence (a shard of it under sequence parallelism), b batch, h hidden, c channels.
 """

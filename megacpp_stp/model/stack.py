@@ -1,4 +1,4 @@
-"""The NAM decoder stack: Megatron's HybridStack with a final norm that the spec names.
+"""The NAM decoder stack: Megatron's HybridStack with a final norm that the spec names, and what no backend has.
 
 Legend: s sequence (a shard of it under sequence parallelism), b batch, h hidden.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megacpp_stp.model.errors import BuildError
 
 
 class NamStack(HybridStack):
@@ -37,3 +39,23 @@ class NamStack(HybridStack):
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
             self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class AbsentLayer:
+    """Stands in a spec for a layer that its backend does not have; upstream's default there is the identity.
+
+    Args:
+        symbol: Megatron's letter.
+        what: The layer's name, with its article.
+
+    Raises:
+        BuildError: Always, when a pattern makes Megatron build it.
+    """
+
+    def __init__(self, *args: object, symbol: str, what: str, **kwargs: object) -> None:
+        raise BuildError(
+            f"{what} is in neither backend of the NAM stack",
+            field="--hybrid-layer-pattern",
+            value=symbol,
+            fix="use a pattern without it",
+        )

@@ -145,8 +145,8 @@ def build_with(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("neither", "layer 11 is a Mamba slot and in neither list"),
-        ("both", "layer 11 is a Mamba slot and in both lists"),
+        ("neither", "layer 11 is a Mamba slot and in no list"),
+        ("both", "layer 11 is a Mamba slot and in 2 lists"),
         ("no slot", "--nam-mamba3-layers: layer 2 is 'E' in the pattern"),
         ("prediction", "a recurrent layer cannot be in multi-token prediction"),
         ("dropout", "--attention-dropout: "),

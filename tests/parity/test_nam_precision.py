@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megacpp_stp.patches.fp32_groups import apply
+from megacpp_stp.patches.registry import Registry
+from megacpp_stp.plan import build_plan
+from megacpp_stp.recipe import load_recipe
 from tests.parity._gloo import Layout, run_ranks
 from tests.parity.nam import ALL_LETTERS, Training, named_parameters
 
@@ -24,7 +26,8 @@ def train_save_load(overrides: tuple[str, ...], directory: str, changes: dict[st
     # Saving starts a process of its own, which a daemon may not.
     multiprocessing.current_process()._config["daemon"] = False
     try:
-        with apply():
+        recipe = load_recipe("nam56r-tiny", (*overrides, "training.checkpoint=null"))
+        with Registry.load().activate(build_plan(recipe, device="cpu").as_dict()):
             return _train_save_load(overrides, directory, changes)
     finally:
         for child in multiprocessing.active_children():  # it would outlive this one

@@ -146,9 +146,9 @@ def refusal(pattern: str) -> str:
 def test_a_pattern_with_a_layer_that_is_not_there_is_refused(facts):
     problem, fix = facts["refused"]["G-"].splitlines()
     assert problem == (
-        "--hybrid-layer-pattern: the gated delta net layer is not available in the torch backend yet (got 'G')"
+        "--hybrid-layer-pattern: the gated delta net layer is in neither backend of the NAM stack (got 'G')"
     )
-    assert fix == "  fix: use a pattern without it, or another backend"
+    assert fix == "  fix: use a pattern without it"
 
 
 def latent_norms() -> list[tuple[str, int]]:

@@ -5,14 +5,27 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 import pytest
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mamba_mixer import MambaMixer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.model import slots as module
 from megacpp_stp.model.m2rnn.mixer import M2RNNMixer
 from megacpp_stp.model.mamba3.mixer import Mamba3Mixer
-from megacpp_stp.model.slots import SlotMixer, Slots, add_slot_arguments
-from megacpp_stp.model.specs import nam_torch_stack_spec, torch_stack_spec
+from megacpp_stp.model.norm import RMSNorm
+from megacpp_stp.model.slots import SlotLayer, SlotModules, Slots, add_slot_arguments
+from megacpp_stp.model.specs import nam_te_stack_spec, nam_torch_stack_spec, te_stack_spec, torch_stack_spec
+
+
+class NormedLinear(ColumnParallelLinear):
+    """Stands for a projection with the norm in it."""
+
 
 PATTERN = "+EM|EM-/+E"  # slots 3 and 5
+TORCH = SlotModules(norm=RMSNorm, in_proj=ColumnParallelLinear, out_proj=RowParallelLinear, normed_in_proj=None)
+FUSED = SlotModules(norm=RMSNorm, in_proj=ColumnParallelLinear, out_proj=RowParallelLinear, normed_in_proj=NormedLinear)
 SIZES = {"chunk-size": ("mamba3", 16), "heads": ("m2rnn", 2), "key-dim": ("m2rnn", 8), "value-dim": ("m2rnn", 4)}
 SIZES |= {"conv-kernel": ("m2rnn", 3), "checkpoint-every": ("m2rnn", 32)}
 
@@ -32,8 +45,14 @@ def slots(mamba3: str = "3", m2rnn: str = "5", **changes: str) -> Slots:
 
 
 def test_each_slot_gets_the_mixer_that_its_number_asks_for():
-    first, second = (slots().spec(number) for number in (3, 5))
+    layers = [slots().spec(number, TORCH) for number in (3, 5)]
+    first, second = (layer.submodules.mixer for layer in layers)
     assert (first.module, second.module) == (Mamba3Mixer, M2RNNMixer)
+    for layer in layers:
+        assert layer.module is MambaLayer
+        assert layer.submodules.norm is RMSNorm
+        projections = layer.submodules.mixer.submodules
+        assert (projections.in_proj, projections.out_proj) == (ColumnParallelLinear, RowParallelLinear)
     assert first.params == {"chunk_size": 16, "rope_fraction": 0.0}
     assert second.params == {
         "num_heads": 2,
@@ -47,21 +66,43 @@ def test_each_slot_gets_the_mixer_that_its_number_asks_for():
 def test_the_complex_form_rotates_half_of_the_state():
     args = parsed("--nam-mamba3-layers", "3,5", "--nam-mamba3-complex-rotation")
     found = Slots.from_arguments(args)
-    assert found.spec(5).params["rope_fraction"] == 0.5
+    assert found.spec(5, TORCH).submodules.mixer.params["rope_fraction"] == 0.5
     assert not found.m2rnn
+
+
+def test_the_norm_of_mamba2_is_in_its_projection_and_nowhere_else(monkeypatch):
+    monkeypatch.setattr(module, "HAVE_MAMBA_SSM", True)
+    found = Slots.from_arguments(parsed("--nam-mamba2-layers", "3", "--nam-recurrent-layers", "5"))
+    layer, other = (found.spec(number, FUSED).submodules for number in (3, 5))
+    assert (layer.norm, layer.mixer.module, layer.mixer.params) == (IdentityOp, MambaMixer, {})
+    assert layer.mixer.submodules.in_proj is NormedLinear
+    assert (other.norm, other.mixer.submodules.in_proj) == (RMSNorm, ColumnParallelLinear)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"), [(TORCH, "not in this backend"), (FUSED, "needs mamba-ssm, which is not installed")]
+)
+def test_mamba2_where_it_cannot_run_is_refused(monkeypatch, modules, message):
+    monkeypatch.setattr(module, "HAVE_MAMBA_SSM", modules is TORCH)
+    found = Slots.from_arguments(parsed("--nam-mamba2-layers", "3,5"))
+    with pytest.raises(UserError, match=message) as caught:
+        found.spec(3, modules)
+    assert caught.value.field == "--nam-mamba2-layers"
 
 
 def test_a_slot_in_no_list_is_named():
     found = Slots.from_arguments(parsed("--nam-recurrent-layers", "3"))
-    with pytest.raises(UserError, match="layer 5 is a Mamba slot and in neither list") as caught:
-        found.spec(5)
-    assert caught.value.field == "--nam-mamba3-layers, --nam-recurrent-layers"
+    with pytest.raises(UserError, match="layer 5 is a Mamba slot and in no list") as caught:
+        found.spec(5, TORCH)
+    assert caught.value.field == "--nam-mamba3-layers, --nam-recurrent-layers, --nam-mamba2-layers"
     assert caught.value.fix == "name layer 5 in one of them"
 
 
-def test_a_slot_in_both_lists_is_named():
-    with pytest.raises(UserError, match="layer 3 is a Mamba slot and in both lists"):
-        slots(m2rnn="3,5").spec(3)
+@pytest.mark.parametrize("more", [("--nam-recurrent-layers", "3,5"), ("--nam-mamba2-layers", "3")])
+def test_a_slot_in_two_lists_is_named(more):
+    found = Slots.from_arguments(parsed("--nam-mamba3-layers", "3,5", *more))
+    with pytest.raises(UserError, match="layer 3 is a Mamba slot and in 2 lists"):
+        found.spec(3, TORCH)
 
 
 @pytest.mark.parametrize(
@@ -94,19 +135,24 @@ def test_arguments_without_ours_say_how_to_parse_them():
 
 def test_without_any_parsed_arguments_a_slot_says_the_same():
     with pytest.raises(UserError, match="nothing says which mixer"):
-        SlotMixer(None, layer_number=3, name="decoder.layers.2.mixer")
+        SlotLayer(None, modules=TORCH, layer_number=3, name="decoder.layers.2")
 
 
-@pytest.mark.parametrize("name", ["mtp.layers.0.mtp_model_layer.layers.2.mixer", None])
+@pytest.mark.parametrize("name", ["mtp.layers.0.mtp_model_layer.layers.2", None])
 def test_a_slot_in_multi_token_prediction_is_refused(name):
     """Its number, 3, is that of a slot in the decoder."""
     with pytest.raises(UserError, match="cannot be in multi-token prediction"):
-        SlotMixer(None, slots=slots(), layer_number=3, name=name)
+        SlotLayer(None, modules=TORCH, slots=slots(), layer_number=3, name=name)
 
 
-def test_a_spec_with_slots_differs_in_its_mamba_layer_alone():
+@pytest.mark.parametrize(
+    ("spec", "shared"), [(torch_stack_spec, nam_torch_stack_spec), (te_stack_spec, nam_te_stack_spec)]
+)
+def test_a_spec_with_slots_differs_in_its_mamba_layer_alone(spec, shared):
     chosen = slots()
-    ours, shared = torch_stack_spec(chosen).submodules, nam_torch_stack_spec.submodules
-    assert ours.mamba_layer.submodules.mixer.params == {"slots": chosen}
-    assert shared.mamba_layer.submodules.mixer.params == {"slots": None}
-    assert (ours.dsa_layer, ours.mtp_block_spec) == (shared.dsa_layer, shared.mtp_block_spec)
+    ours = spec(chosen)
+    assert (ours.module, ours.params) == (shared.module, shared.params)
+    assert ours.submodules.mamba_layer.params == {**shared.submodules.mamba_layer.params, "slots": chosen}
+    assert "slots" not in shared.submodules.mamba_layer.params
+    others = [{**vars(layers.submodules), "mamba_layer": None} for layers in (ours, shared)]
+    assert others[0] == others[1]
