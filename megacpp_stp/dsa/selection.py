@@ -80,5 +80,6 @@ def best_positions(scores: Tensor, k: int) -> Tensor:
     # The n-th place among those equal to the last is the n-th such key from the left.
     counted = (scores == last).cumsum(dim=-1, dtype=torch.int32)
     places = torch.arange(1, k + 1, device=scores.device, dtype=torch.int32) - above.sum(dim=-1, keepdim=True)
-    earliest = torch.searchsorted(counted, places.to(torch.int32))
+    # NaN equals nothing, so its place is beyond the last; any key will do, the result is NaN all the same.
+    earliest = torch.searchsorted(counted, places.to(torch.int32)).clamp_(max=scores.shape[-1] - 1)
     return torch.where(above, positions, earliest).masked_fill_(values == -torch.inf, -1)

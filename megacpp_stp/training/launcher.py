@@ -36,6 +36,8 @@ from megacpp_stp.training.upstream_check import require_accepted
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_INSTALL_TE = "pip install --no-build-isolation 'megacpp-stp[te]'"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
@@ -110,6 +112,7 @@ class Launch:
         if self.from_iteration is not None:
             with launcher_lock(self.run_dir):
                 pass  # taken again to run; said now, and not after what takes seconds
+        _check_backend(self.plan)
         _check_fused_loss(self.plan)
         self._check_patches()
         require_accepted(self.plan)  # last: it takes seconds
@@ -235,6 +238,16 @@ def require_train_extra() -> None:
         raise UserError(f"megatron-core must be {SUPPORTED}", field="extra train", value=megatron, fix=fix)
 
 
+def _check_backend(plan: RunPlan) -> None:
+    if plan.recipe.model.backend == "te" and importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            "needs Transformer Engine, which is not installed",
+            field="model.backend",
+            value="te",
+            fix=f"{_INSTALL_TE}, or use backend torch; docs/backends.md",
+        )
+
+
 def _check_fused_loss(plan: RunPlan) -> None:
     backend = plan.recipe.training.fused_cross_entropy
     for limit in limits(plan.argv, backend=backend) if backend else ():
@@ -293,7 +306,7 @@ def _check_loadable(plan: RunPlan) -> None:
         raise UserError(
             "on a GPU, Megatron's distributed optimizer cannot load its checkpoints without Transformer Engine's Adam",
             field="training.checkpoint",
-            fix="pip install 'megacpp-stp[te]', or set it to null, or optimizer.distributed to false",
+            fix=f"{_INSTALL_TE}, or set it to null, or optimizer.distributed to false",
         )
 
 

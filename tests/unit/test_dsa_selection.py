@@ -104,3 +104,12 @@ def test_chunks_cover_all_rows_once_and_fit():
         found = sorted(row_chunks(rows, bytes_per_row=per_row, scratch_bytes=scratch), key=lambda one: one.start)
         assert [row for one in found for row in range(one.start, one.stop)] == list(range(rows))
         assert all(one.stop - one.start <= max(1, scratch // per_row) for one in found)
+
+
+@pytest.mark.parametrize("where", [slice(None), (slice(None), slice(0, 1)), (0, slice(2, 3))])
+def test_scores_that_are_no_numbers_still_name_keys_that_exist(where):
+    """So that NaN comes out at the end, and the run is stopped for it: on a GPU a place beyond the end is a crash."""
+    scores = torch.randn(2, 9)
+    scores[where] = torch.nan
+    positions = best_positions(scores, 5)
+    assert ((positions >= 0) & (positions < 9)).all()
