@@ -226,7 +226,7 @@ def read_receipt(directory: Path) -> dict[str, Any]:
         and isinstance(receipt["recipe"].get("name"), str)
         and receipt.get("status") in ("complete", "incomplete")
         and isinstance(receipt.get("reason"), str | None)
-        and "substrate" in receipt
+        and {"reason", "substrate", "parameters"} <= receipt.keys()
         and (parameters is None or _are_counts(parameters))
         and isinstance(validation, list)
         and all(_is_validation(record) for record in validation)

@@ -39,7 +39,7 @@ def read_sides(a: str, b: str, *, device: Device | None) -> tuple[Side, Side]:
         UserError: A side that cannot be read, is damaged, or was edited.
     """
     paths = {name: _recipe_or_path(name) for name in (a, b)}
-    read = {name: _read_side(name, path) for name, path in paths.items() if path is not None}
+    read = {name: read_side(name, path) for name, path in paths.items() if path is not None}
     if device is not None and all(name in read for name in (a, b)):
         raise UserError(
             "says what a recipe is planned for, and neither side is a recipe",
@@ -87,7 +87,16 @@ def _device_of(side: Side) -> Device:
     return "cpu" if found == "cpu" else "cuda"
 
 
-def _read_side(given: str, path: Path) -> Side:
+def read_side(given: str, path: Path) -> Side:
+    """One side from a plan.json, or from a receipt.json with the plan that it is of beside it.
+
+    Args:
+        given: What the user named.
+        path: The file.
+
+    Raises:
+        UserError: It cannot be read, is damaged, or was edited.
+    """
     document = read_json(path)
     if "plan_format" in document:
         return _check_plan(document, given=given, path=path)

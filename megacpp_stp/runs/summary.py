@@ -49,6 +49,7 @@ def summarise(directory: Path) -> dict[str, Any]:
         "parameters": receipt["parameters"],
         "validation": receipt.get("validation", []),
         "substrate": receipt["substrate"],
+        "resumed_from": [attempt["from_iteration"] for attempt in receipt.get("attempts", [])[1:]],
         "iterations": len(records),
         "phases": {name: _phase(found) for name, found in phases.items() if found},
     }
@@ -91,6 +92,8 @@ def print_summary(directory: Path, console: Console) -> None:
             f"{record['bits_per_byte']:.3f} bits a byte",
             markup=False,
         )
+    if facts["resumed_from"]:
+        console.print(f"went on from iteration {', '.join(map(str, facts['resumed_from']))}", markup=False)
     if facts["reason"]:
         console.print(f"incomplete: {facts['reason']}", markup=False)
     if facts["parameters"]:

@@ -1,0 +1,375 @@
+"""Comparing runs by what they recorded, where what differs between them acts. docs/compare.md says it for users.
+
+Arm A is the base; each other arm is compared with it, iteration by iteration and seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.runs.arms import Arm, Pairing, make_arms, pair_seeds
+from megacpp_stp.runs.bootstrap import FEWEST_SEEDS, Interval, block_interval, seed_interval
+from megacpp_stp.runs.likeness import Likeness, likeness
+from megacpp_stp.runs.recorded import RecordedRun, read_run
+from megacpp_stp.runs.window import Wanted, Window, choose_window, require_live
+
+COMPARE_FORMAT = 1
+_HIGHER_IS_BETTER = ("tokens_per_s",)
+_LOWER_IS_BETTER = ("lm_loss", "bits_per_byte", "stp_loss", "stp_weighted", "stp_loss_by_tap", "step_time_s")
+_MOST_NAMED = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A value and the iteration that it is of."""
+
+    value: float
+    iteration: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """One run over the window.
+
+    Attributes:
+        arm: Letter of its arm.
+        name: Its directory's own name; the whole path where two have the same.
+        seed: Of its training.
+        status: ``complete`` or ``incomplete``.
+        stp_weight: Of its STP; None for a run without.
+        gate: First iteration with the STP term; None where it never has one.
+        regimes: How many iterations of the window are dormant, warming and active; empty without STP.
+        mean: Of the metric.
+        best: Best value of the metric; None where neither more nor less is better.
+        last: At the end of the window.
+        best_validation: Lowest validation loss in the window; None when nothing was evaluated there.
+    """
+
+    arm: str
+    name: str
+    seed: int | None
+    status: str
+    stp_weight: float | None
+    gate: int | None
+    regimes: dict[str, int]
+    mean: float
+    best: Point | None
+    last: Point
+    best_validation: Point | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairResult:
+    """One arm against the base.
+
+    Attributes:
+        a: Letter of the base.
+        b: Letter of the other arm.
+        controlled: Whether the plans differ in ``stp.*`` or seeds alone.
+        standing: The same in words, with what differs.
+        differences: Each leaf that differs: path, a, b.
+        unlike: Kinds that differ and were allowed to, each with what it is.
+        seeds: Seeds that were paired.
+        by_seed: Mean difference of each pair, other minus base.
+        difference: Their mean.
+        relative: The same over the base's mean; None where that is 0.
+        interval: Of the difference; None where there is too little to say.
+        method: What the interval is over, in words.
+        verdict: ``lower``, ``higher``, ``no difference shown`` or ``no interval``.
+    """
+
+    a: str
+    b: str
+    controlled: bool
+    standing: str
+    differences: tuple[dict[str, Any], ...]
+    unlike: Mapping[str, tuple[str, ...]]
+    seeds: tuple[int | None, ...]
+    by_seed: tuple[float, ...]
+    difference: float
+    relative: float | None
+    interval: Interval | None
+    method: str
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Everything that `runs compare` says.
+
+    Attributes:
+        title: With the labels that a reader must not miss.
+        metric: What was compared.
+        window: Where.
+        runs: Each run, arm by arm.
+        pairs: Each arm against the first.
+        notes: What to bear in mind.
+    """
+
+    title: str
+    metric: str
+    window: Window
+    runs: tuple[RunResult, ...]
+    pairs: tuple[PairResult, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, the same for the same runs."""
+        return {
+            "compare_format": COMPARE_FORMAT,
+            "title": self.title,
+            "metric": self.metric,
+            "window": {
+                "first": self.window.first,
+                "last": self.window.last,
+                "iterations": len(self.window.iterations),
+                "why": self.window.why,
+            },
+            "runs": [asdict(run) for run in self.runs],
+            "pairs": [asdict(pair) for pair in self.pairs],
+            "notes": list(self.notes),
+        }
+
+
+def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
+    """Read runs that are to be compared.
+
+    Raises:
+        UserError: Fewer than two, one named twice, one that is INVALID or damaged.
+    """
+    if len(directories) < 2:
+        raise UserError("one run compares with nothing", field="RUN", fix="name two runs or more")
+    places = [directory.resolve() for directory in directories]
+    for place, directory in zip(places, directories, strict=True):
+        if places.count(place) > 1:
+            raise UserError("is named twice", field="RUN", value=str(directory), fix="name each run once")
+    names = [place.name for place in places]
+    return [
+        read_run(directory, name=name if names.count(name) == 1 else str(directory))
+        for directory, name in zip(directories, names, strict=True)
+    ]
+
+
+def compare_runs(
+    directories: Sequence[Path], *, metric: str = "lm_loss", window: Wanted | None = None, allow_unlike: bool = False
+) -> Comparison:
+    """Compare runs over the iterations in which what differs between them acts.
+
+    Args:
+        directories: Run directories; the first is of the base.
+        metric: See `RecordedRun.values_of`.
+        window: The iterations; None for those in which STP has all of its weight, where the runs differ in STP.
+        allow_unlike: Compare runs of unlike substrate, pattern, data, tokenizer, parallelism or batch, and say so.
+
+    Raises:
+        UserError: Runs that cannot be read or must not be compared; the fix says what would do.
+    """
+    base, *others = make_arms(read_runs(directories))
+    likes = [likeness(base.runs[0], arm.runs[0]) for arm in others]
+    if not allow_unlike:
+        _refuse_unlike(base, others, likes, metric=metric)
+    pairings = [pair_seeds(base, arm) for arm in others]
+    used = list(dict.fromkeys(run for pairing in pairings for pair in pairing.pairs for run in pair))
+    values = {run: run.values_of(metric) for run in used}
+    common = sorted(set.intersection(*(set(found) for found in values.values())))
+    chosen = choose_window(common, runs=used, in_stp=any(like.in_stp for like in likes), wanted=window)
+    for arm, like in zip(others, likes, strict=True):
+        acts = any(run.gate is not None and run.gate.acts for run in (base.runs[0], arm.runs[0]))
+        if like.in_stp and (acts or not like.besides):
+            require_live(chosen, runs=(base.runs[0], arm.runs[0]))
+    pairs = tuple(
+        _compare_arms(base, arm, pairing=pairing, like=like, values=values, window=chosen)
+        for arm, pairing, like in zip(others, pairings, likes, strict=True)
+    )
+    arms = [base, *others]
+    return Comparison(
+        title=_title(pairs, metric=metric, window=chosen),
+        metric=metric,
+        window=chosen,
+        runs=tuple(
+            _run_result(arm, run, metric=metric, values=values[run], window=chosen)
+            for arm in arms
+            for run in arm.runs
+            if run in values
+        ),
+        pairs=pairs,
+        notes=tuple(_notes(pairings, used, values=values, window=chosen)),
+    )
+
+
+def _refuse_unlike(base: Arm, others: Sequence[Arm], likes: Sequence[Likeness], *, metric: str) -> None:
+    for arm, like in zip(others, likes, strict=True):
+        if like.unlike:
+            what = "; ".join(f"{kind} ({_some(paths)})" for kind, paths in like.unlike.items())
+            bits = "; losses a token of two tokenizers are no one scale, compare bits_per_byte"
+            raise UserError(
+                f"{base.runs[0].name} and {arm.runs[0].name} are unlike in {what}",
+                field="RUN",
+                fix="compare runs that share these, or add --allow-unlike: the title will say so"
+                + (bits if "tokenizer" in like.unlike and metric != "bits_per_byte" else ""),
+            )
+
+
+def _compare_arms(
+    base: Arm,
+    arm: Arm,
+    *,
+    pairing: Pairing,
+    like: Likeness,
+    values: Mapping[RecordedRun, Mapping[int, float]],
+    window: Window,
+) -> PairResult:
+    by_pair = [[values[b][i] - values[a][i] for i in window.iterations] for a, b in pairing.pairs]
+    by_seed = tuple(map(_mean, by_pair))
+    difference = _mean(by_seed)
+    base_mean = _mean([values[a][i] for a, _ in pairing.pairs for i in window.iterations])
+    interval, method = _interval(by_pair, by_seed)
+    return PairResult(
+        a=base.letter,
+        b=arm.letter,
+        controlled=like.is_controlled,
+        standing=_standing(like),
+        differences=tuple({"path": item.path, "a": item.a, "b": item.b} for item in like.differences),
+        unlike=like.unlike,
+        seeds=tuple(a.seed for a, _ in pairing.pairs),
+        by_seed=by_seed,
+        difference=difference,
+        relative=_over(difference, base_mean),
+        interval=interval,
+        method=method,
+        verdict=_verdict(interval),
+    )
+
+
+def _interval(by_pair: Sequence[Sequence[float]], by_seed: Sequence[float]) -> tuple[Interval | None, str]:
+    """Over seeds where there are enough, else over blocks of iterations of their mean difference."""
+    seeds = len(by_seed)
+    if seeds >= FEWEST_SEEDS:
+        return seed_interval(by_seed), f"Student's t over {seeds} seeds"
+    averaged = [_mean(column) for column in zip(*by_pair, strict=True)]
+    interval = block_interval(averaged)
+    of = "1 seed" if seeds == 1 else f"the mean of {seeds} seeds"
+    if interval is None:
+        return None, f"{counted(len(averaged))} of {of}, too few for one"
+    return interval, f"moving blocks of {interval.block_length}, over {counted(len(averaged))} of {of}"
+
+
+def _verdict(interval: Interval | None) -> str:
+    if interval is None:
+        return "no interval"
+    if interval.high < 0:
+        return "lower"
+    return "higher" if interval.low > 0 else "no difference shown"
+
+
+def _standing(like: Likeness) -> str:
+    if like.unlike:
+        return f"not controlled, unlike {', '.join(like.unlike)}"
+    if not like.complete:
+        return "not controlled: a plan.json is missing, so that not all could be compared"
+    if like.changed:
+        return f"not controlled: {', '.join(like.changed)} went on with another plan"
+    if like.besides:
+        too = " too" if like.in_stp else ""
+        return f"not controlled: {_some(like.besides)} {'differs' if len(like.besides) == 1 else 'differ'}{too}"
+    if not like.paths:
+        return "controlled: the plans are equal, so that the difference is not theirs"
+    # A run without STP lacks all of its keys.
+    lacks_stp = any(item.path == "stp.weight" and None in (item.a, item.b) for item in like.differences)
+    paths = ["stp", *(path for path in like.paths if path == "training.seed")] if lacks_stp else like.paths
+    only = f"only {_some(paths)} {'differs' if len(paths) == 1 else 'differ'}"
+    return f"controlled: {only}" + ("" if like.in_stp else "; this is what a seed makes")
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _title(pairs: Sequence[PairResult], *, metric: str, window: Window) -> str:
+    unlike = list(dict.fromkeys(kind for pair in pairs for kind in pair.unlike))
+    if unlike:
+        label = f"UNLIKE RUNS ({', '.join(unlike)})"
+    else:
+        label = "controlled comparison" if all(pair.controlled for pair in pairs) else "NOT CONTROLLED"
+    return f"{label}: {metric}, iterations {window.first} to {window.last}"
+
+
+def _run_result(arm: Arm, run: RecordedRun, *, metric: str, values: Mapping[int, float], window: Window) -> RunResult:
+    inside = [Point(value=values[i], iteration=i) for i in window.iterations]
+    validations = [
+        Point(value=record["lm_loss"], iteration=record["iteration"])
+        for record in run.validation
+        if window.first <= record["iteration"] <= window.last
+    ]
+    return RunResult(
+        arm=arm.letter,
+        name=run.name,
+        seed=run.seed,
+        status=run.receipt["status"],
+        stp_weight=None if run.gate is None else run.gate.weight,
+        gate=run.gate.first_live if run.gate is not None and run.gate.acts else None,
+        regimes={} if run.gate is None else run.gate.regimes(window.iterations),
+        mean=_mean([point.value for point in inside]),
+        best=_best(metric, inside),
+        last=inside[-1],
+        best_validation=min(validations, key=lambda point: point.value, default=None),
+    )
+
+
+def _best(metric: str, points: Sequence[Point]) -> Point | None:
+    """The earliest of the best."""
+    name = metric.partition(".")[0]
+    if name in _LOWER_IS_BETTER:
+        return min(points, key=lambda point: point.value)
+    return max(points, key=lambda point: point.value) if name in _HIGHER_IS_BETTER else None
+
+
+def _notes(
+    pairings: Sequence[Pairing],
+    used: Sequence[RecordedRun],
+    *,
+    values: Mapping[RecordedRun, Mapping[int, float]],
+    window: Window,
+) -> Iterator[str]:
+    for run in dict.fromkeys(run for pairing in pairings for run in pairing.left_out):
+        if run not in used:
+            yield f"{run.name} (seed {run.seed}) has no partner of its seed: left out"
+    if any(not pairing.same_seeds for pairing in pairings):
+        yield "seeds differ within a pair: the two runs read other batches in an iteration"
+    seeds = [len(pairing.pairs) for pairing in pairings]
+    if min(seeds) < FEWEST_SEEDS:
+        yield "an interval over iterations says nothing of other seeds; name three or more of each arm for that"
+    for run in used:
+        if not run.is_complete:
+            yield f"{run.name} is incomplete: {run.receipt['reason'] or 'it does not say why'}"
+        regimes = {} if run.gate is None or not run.gate.acts else run.gate.regimes(window.iterations)
+        if len(regimes) > 1 or "dormant" in regimes:
+            parts = ", ".join(f"{count} {regime}" for regime, count in regimes.items())
+            yield f"{run.name}: the iterations are {parts}"
+        missing = sum(1 for i in _iterations(run, window) if i not in values[run])
+        if missing:
+            yield f"{run.name} has no value in {counted(missing)} of the window: left out"
+
+
+def _iterations(run: RecordedRun, window: Window) -> list[int]:
+    return [record["iteration"] for record in run.records if window.first <= record["iteration"] <= window.last]
+
+
+def counted(iterations: int) -> str:
+    """How many, in words."""
+    return f"{iterations} iteration{'s' if iterations != 1 else ''}"
+
+
+def _over(difference: float, mean: float) -> float | None:
+    relative = difference / abs(mean) if mean else math.inf
+    return relative if math.isfinite(relative) else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

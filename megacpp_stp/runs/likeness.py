@@ -1,0 +1,130 @@
+"""Whether two runs may be compared: what differs between them, of which kind, and what that allows to conclude."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megacpp_stp.plan.diff import Difference, compare
+from megacpp_stp.plan.facts import STAGES, same, value_at
+from megacpp_stp.runs.recorded import RecordedRun
+
+# What two runs must share, or a difference of their losses has more than one reason.
+KINDS = ("substrate", "pattern", "data", "tokenizer", "parallelism", "batch")
+SEEDS = ("training.seed", "stp.seed")
+_BATCH = ("training.global_batch_size", "training.micro_batch_size", "training.sequence_length", "micro_batches")
+_PATTERN = ("model.pattern", "model.depth", "layout.source_pattern")
+_MEGATRON_PATTERN = "layout.megatron_pattern"
+_KIND_OF_GROUP = {"substrate": "substrate", "environment": "substrate", "parallelism": "parallelism"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """What differs between two runs.
+
+    Attributes:
+        differences: All of it, leaf by leaf.
+        unlike: The kinds of `KINDS` that differ, each with what it is that does.
+        complete: Whether both plans were there to compare.
+        changed: Names of runs that went on with another plan than they began with.
+    """
+
+    differences: tuple[Difference, ...]
+    unlike: dict[str, tuple[str, ...]]
+    complete: bool
+    changed: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What differs, by path."""
+        return tuple(item.path for item in self.differences)
+
+    @property
+    def in_seeds_alone(self) -> bool:
+        """Whether nothing differs, or only seeds."""
+        return self.is_controlled and not self.in_stp
+
+    @property
+    def in_stp(self) -> bool:
+        """Whether STP differs, its seed left out."""
+        return any(_is_stp(path) for path in self.paths if path not in SEEDS)
+
+    @property
+    def besides(self) -> tuple[str, ...]:
+        """What differs besides STP and the seeds."""
+        return tuple(path for path in self.paths if not _is_stp(path) and path not in SEEDS)
+
+    @property
+    def is_controlled(self) -> bool:
+        """Whether the plans are known to differ in ``stp.*`` or seeds alone, on the same machine and data."""
+        return self.complete and not (self.unlike or self.besides or self.changed)
+
+
+def _is_stp(path: str) -> bool:
+    return path == "stp" or path.startswith("stp.")
+
+
+def likeness(a: RecordedRun, b: RecordedRun) -> Likeness:
+    """Compare what two runs were."""
+    found = compare(a.side, b.side)
+    data_known = all(run.receipt.get("data") is not None for run in (a, b))
+    differences = tuple(
+        # Where the data lies does not matter once its content is known: that is compared.
+        item
+        for item in found.differences
+        if not (item.path == "data.path" and data_known)
+    )
+    unlike: dict[str, list[str]] = {}
+    for kind, what in (*_differing_kinds(differences), *_unknown(a, b)):
+        unlike.setdefault(kind, []).append(what)
+    return Likeness(
+        differences=differences,
+        unlike={kind: tuple(unlike[kind]) for kind in KINDS if kind in unlike},
+        complete=found.complete,
+        changed=tuple(run.name for run in (a, b) if run.plan_changed),
+    )
+
+
+def _differing_kinds(differences: tuple[Difference, ...]) -> Iterator[tuple[str, str]]:
+    for item in differences:
+        kind = _kind_of(item)
+        if kind is not None:
+            yield kind, item.path
+
+
+def _kind_of(item: Difference) -> str | None:
+    path = item.path
+    if path in _BATCH:
+        return "batch"
+    if path in _PATTERN:
+        return "pattern"
+    if path == _MEGATRON_PATTERN:
+        layers = [str(side).replace("|", "") for side in (item.a, item.b)]
+        return "parallelism" if layers[0] == layers[1] else "pattern"
+    if path == ".".join(STAGES) or path.startswith("layout.stages"):
+        return "parallelism"
+    if path.startswith("data.tokenizer"):
+        return "tokenizer"
+    if path.startswith(("data.splits", "data.source")) or path == "data.path":
+        return "data"
+    return _KIND_OF_GROUP.get(item.group)
+
+
+def _unknown(a: RecordedRun, b: RecordedRun) -> Iterator[tuple[str, str]]:
+    """What cannot be said to be alike."""
+    for run in (a, b):
+        for part in ("substrate", "data"):
+            if run.receipt.get(part) is None:
+                yield part, f"{run.name} does not say"
+        if value_at(run.receipt, ["data", "tokenizer"]) is None and run.receipt.get("data") is not None:
+            yield "tokenizer", f"{run.name} does not say"
+        if len(run.substrates) > 1:
+            yield "substrate", f"{run.name} changed it on the way"
+
+
+def same_arm(a: RecordedRun, b: RecordedRun) -> bool:
+    """Whether two runs are one experiment with two seeds: nothing known differs but those."""
+    if not same(a.side.plan is None, b.side.plan is None):
+        return False
+    found = likeness(a, b)
+    return all(path in SEEDS for path in found.paths)

@@ -1,0 +1,156 @@
+"""`megacpp-stp runs show FOLDER` and `runs invalidate`."""
+
+import json
+import os
+import re
+
+import pytest
+
+from megacpp_stp.runs.files import read_json, write_json
+from tests.unit.made_runs import SUBSTRATE, answer, loss_of, make_run, refused, runs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "runs"
+    make_run(folder / "a", "stp=null", validation={20: 3.0, 40: 4.0})
+    make_run(folder / "b", iterations=10, complete=False)
+    make_run(
+        folder / "c",
+        "stp.weight=0",
+        substrate={**SUBSTRATE, "hardware": {"device": "cuda", "gpu": "NVIDIA H200"}},
+    )
+    (folder / "notes").mkdir()
+    (folder / "file").write_text("x")
+    return folder
+
+
+def rows(folder):
+    return {run["name"]: run for run in json.loads(answer("show", folder, "--format", "json"))["runs"]}
+
+
+def test_a_folder_is_a_row_for_each_run(folder):
+    found = rows(folder)
+    assert list(found) == ["a", "b", "c"]
+    a, b, c = found.values()
+    assert (a["status"], a["stp"], a["regime"], a["iterations_done"]) == ("complete", "none", None, 40)
+    assert a["best_validation"] == {"lm_loss": 3.0, "iteration": 20}
+    assert a["last_lm_loss"] == loss_of(40)
+    assert (b["status"], b["stp"], b["regime"]) == ("incomplete", "0.02 from 11", "dormant")
+    assert (b["iterations_done"], b["iterations_planned"], b["parallelism"]) == (10, 40, "PP2")
+    assert (b["substrate"], c["substrate"], c["stp"]) == ("cpu", "2 x NVIDIA H200", "measured")
+    text = answer("show", folder)
+    for words in ("runs in", "10/40", "3 @ 20", "0.02 from 11", "dormant", "PP2", "directories that are no runs: 1"):
+        assert words in text, words
+
+
+def test_one_run_is_shown_as_before(folder):
+    assert "run directory:" in answer("show", folder / "a")
+    assert json.loads(answer("show", folder / "a", "--format", "json"))["invalid"] is None
+    assert "is neither a run directory nor a folder of them" in refused("show", folder / "notes").problem
+    refused("show", folder / "nowhere")
+
+
+def test_a_run_that_is_going_on_is_in_the_table(folder):
+    """Its metrics end in a torn line, or before the first is whole."""
+    with (folder / "b" / "metrics.jsonl").open("a") as handle:
+        handle.write('{"iteration": 11, "lm_lo')
+    assert rows(folder)["b"]["iterations_done"] == 10
+    (folder / "b" / "metrics.jsonl").write_text('{"iterat')
+    assert (rows(folder)["b"]["iterations_done"], rows(folder)["b"]["regime"]) == (0, None)
+    (folder / "b" / "metrics.jsonl").unlink()
+    assert rows(folder)["b"]["last_lm_loss"] is None
+    answer("show", folder)
+
+
+def test_only_the_end_of_a_long_file_is_read(folder):
+    path = folder / "a" / "metrics.jsonl"
+    path.write_bytes(b"x" * 2**20 + b"\n" + path.read_bytes())
+    assert rows(folder)["a"]["iterations_done"] == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("receipt.json", None, "receipt.json: cannot be read"),
+        ("receipt.json", "{", "receipt.json: is not JSON"),
+        ("receipt.json", '{"receipt_version": 0}', "receipt.json: is not a whole receipt of version 1"),
+        ("metrics.jsonl", "\0" * 500_000, "metrics.jsonl: ends in no metrics record"),
+        ("metrics.jsonl", "{}\n{}\n", "metrics.jsonl: ends in no metrics record"),
+    ],
+)
+def test_what_cannot_be_read_has_a_row_with_the_reason(folder, name, content, says):
+    path = folder / "b" / name
+    path.unlink() if content is None else path.write_text(content)
+    assert rows(folder)["b"]["unreadable"].startswith(says)
+    assert f"b is unreadable: {says}" in answer("show", folder)
+
+
+# INVALID
+
+
+def test_an_invalid_run_leaves_every_table_loudly(folder):
+    receipt = (folder / "a" / "receipt.json").read_bytes()
+    assert "is INVALID: wrong data" in answer("invalidate", folder / "a", "--reason", "wrong data")
+    assert (folder / "a" / "receipt.json").read_bytes() == receipt
+    assert rows(folder)["a"] == {"name": "a", "status": "INVALID", "invalid": "wrong data"}
+    text = answer("show", folder)
+    assert "a is INVALID: wrong data" in text
+    assert "3 @ 20" not in text
+    assert answer("show", folder / "a").startswith(" INVALID: wrong data ")
+    assert json.loads(answer("show", folder / "a", "--format", "json"))["invalid"] == "wrong data"
+    for more in ((), ("--assert-equal",), ("--allow-unlike",)):
+        error = refused("compare", folder / "c", folder / "a", *more)
+        assert error.problem == "is INVALID: wrong data"
+
+
+def test_a_run_is_invalidated_once(folder):
+    invalidate = ("invalidate", folder / "a", "--reason")
+    answer(*invalidate, "wrong data")
+    said = (folder / "a" / "invalid.json").read_bytes()
+    assert "INVALID already" in answer(*invalidate, "wrong data")
+    error = refused(*invalidate, "another reason")
+    assert "marked already: wrong data" in error.problem
+    assert (folder / "a" / "invalid.json").read_bytes() == said
+    assert sorted(os.listdir(folder / "a")) == ["invalid.json", "metrics.jsonl", "plan.json", "receipt.json"]
+
+
+def test_a_damaged_run_can_be_invalidated(folder):
+    (folder / "b" / "receipt.json").write_text("{")
+    answer("invalidate", folder / "b", "--reason", "cut off")
+    assert rows(folder)["b"]["status"] == "INVALID"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"reason": 7}', '{"reason": ""}', "\0", "null"])
+def test_a_mark_that_cannot_be_read_is_a_mark(folder, content):
+    (folder / "a" / "invalid.json").write_text(content)
+    assert rows(folder)["a"]["invalid"] == "(the reason cannot be read)"
+    refused("compare", folder / "c", folder / "a")
+    refused("invalidate", folder / "a", "--reason", "wrong data")
+
+
+def test_a_mark_that_points_nowhere_is_a_mark(folder, tmp_path):
+    (folder / "a" / "invalid.json").symlink_to(tmp_path / "precious")
+    assert rows(folder)["a"]["status"] == "INVALID"
+    refused("invalidate", folder / "a", "--reason", "wrong data")
+    assert not (tmp_path / "precious").exists()
+
+
+@pytest.mark.parametrize("reason", ["", "  ", "two\nlines", "\x1b[2J", "x" * 500])
+def test_a_reason_is_one_line_for_people(folder, reason):
+    assert refused("invalidate", folder / "a", "--reason", reason).field == "--reason"
+
+
+def test_only_runs_are_invalidated(folder, tmp_path):
+    for path in (folder, folder / "notes", folder / "file", folder / "nowhere"):
+        assert "holds no receipt.json" in refused("invalidate", path, "--reason", "x").problem
+    assert runs("invalidate", folder / "a").exit_code == 2
+
+
+def test_nothing_in_a_name_reaches_the_terminal(folder):
+    os.rename(folder / "a", folder / "\x1b[2Ja")
+    write_json(folder / "b" / "invalid.json", {"reason": "\x1b[2Jgone"})
+    receipt = read_json(folder / "c" / "receipt.json")
+    receipt["substrate"]["hardware"]["gpu"] = "\x1b[2JGPU"
+    write_json(folder / "c" / "receipt.json", receipt)
+    assert not re.search("[^\x20-\x7e\n\u2500-\u257f]", answer("show", folder))
