@@ -130,8 +130,32 @@ def planned_arguments() -> Namespace:
             value=plan["recipe"]["model"]["backend"],
             fix="plan the recipe with --set model.backend=torch",
         )
+    _refuse_what_the_script_would_not_do(plan)
     parser = add_nam_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     return parser.parse_args([*plan["argv"], "--nam-plan", path, "--nam-run-dir", "."])
+
+
+def _refuse_what_the_script_would_not_do(plan: dict[str, Any]) -> None:
+    """Only our own entry applies surfaces and fuses the loss; a plan that counts on them would not be what runs.
+
+    Raises:
+        UserError: With the key that asks for it.
+    """
+    if "dsa-memory" in plan["patches"]:
+        raise UserError(
+            "the plugin applies no patch surface, and this plan needs dsa-memory",
+            field="model.families.A.sparse.kernel",
+            value="chunked",
+            fix="plan the recipe with --set model.families.A.sparse.kernel=upstream",
+        )
+    fused = plan["recipe"]["training"]["fused_cross_entropy"]
+    if fused is not None:
+        raise UserError(
+            "the loss is the script's own",
+            field="training.fused_cross_entropy",
+            value=fused,
+            fix="plan the recipe with --set training.fused_cross_entropy=null",
+        )
 
 
 def _policy(planned: Namespace, *, running: Namespace) -> StpConfig:

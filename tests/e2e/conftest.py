@@ -22,6 +22,7 @@ SHORT = (
     "optimizer.warmup_iterations=1",
     "stp.start_step=3",
     "training.fused_cross_entropy=null",
+    "model.families.A.sparse.kernel=upstream",
     f"model.vocab_size={VOCAB}",
 )
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
-from megacpp_stp.plugin import PLAN
+from megacpp_stp.plugin import PLAN, planned_arguments
 from megacpp_stp.recipe import load_recipe
 from megacpp_stp.runs.metrics import read_metrics
 from tests.e2e.conftest import SHORT, environment
@@ -112,11 +113,24 @@ def test_a_plan_of_another_model_is_refused(dataset, tmp_path):
 
 
 def test_no_plan_is_said(monkeypatch):
-    from megacpp_stp.errors import UserError
-    from megacpp_stp.plugin import planned_arguments
-
     monkeypatch.delenv(PLAN, raising=False)
     with pytest.raises(UserError, match="names no plan") as caught:
         planned_arguments()
     assert caught.value.field == PLAN
     assert os.environ.get(PLAN) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["training.fused_cross_entropy=null"], "model.families.A.sparse.kernel"),
+        (["model.families.A.sparse.kernel=upstream"], "training.fused_cross_entropy"),
+    ],
+)
+def test_a_plan_that_counts_on_our_own_entry_is_refused(tmp_path, monkeypatch, overrides, field):
+    plan = build_plan(load_recipe("nam56r-tiny", overrides), device="cpu")
+    (tmp_path / "plan.json").write_text(json.dumps(plan.as_dict()))
+    monkeypatch.setenv(PLAN, str(tmp_path / "plan.json"))
+    with pytest.raises(UserError) as caught:
+        planned_arguments()
+    assert caught.value.field == field
