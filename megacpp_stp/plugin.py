@@ -12,6 +12,7 @@ many tokens count and where documents are, see `megacpp_stp.stp.taps.StpTaps.set
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -26,7 +27,6 @@ from megacpp_stp.model.specs import torch_stack_spec
 from megacpp_stp.model.stack import NamStack
 from megacpp_stp.stp.config import StpConfig
 from megacpp_stp.stp.install import make_taps
-from megacpp_stp.stp.meter import StpReading
 from megacpp_stp.stp.record import diagnosis_record, stp_record
 from megacpp_stp.training.arguments import add_nam_arguments, load_plan, stp_config
 from megacpp_stp.training.recorder import data_then_pipeline, require_fed
@@ -87,24 +87,30 @@ class _EndOfBackward:
         if not self._proven:
             require_fed(reading)
             self._proven = True
+        if reading.loss is not None and not math.isfinite(reading.loss):
+            raise FloatingPointError(f"STP loss is {reading.loss} in iteration {iteration + 1}: {reading.loss_by_tap}")
         record = {"iteration": iteration + 1, **stp_record(self._stp, reading, iteration)}
         if self.taps.diagnosis is not None and self._stp.is_diagnosed(iteration):
             record |= diagnosis_record(self.taps.diagnosis.reduce(device=device, groups=groups))
-        self._report(record, reading)
+        self._report(record)
 
     def _iteration(self) -> int:
         return int(self._args.curr_iteration)
 
-    def _report(self, record: dict[str, Any], reading: StpReading) -> None:
+    def _report(self, record: dict[str, Any]) -> None:
         from megatron.training.utils import print_rank_last
 
         write_scalars(record, interval=self._args.tensorboard_log_interval, with_loss=True)
         if record["iteration"] % self._args.log_interval == 0:
-            by_tap = " ".join(f"{tap}: {loss:.6E}" for tap, loss in record["stp_loss_by_tap"].items())
+            by_tap = " ".join(f"{tap}: {_number(loss)}" for tap, loss in record["stp_loss_by_tap"].items())
             print_rank_last(
-                f" iteration {record['iteration']:8d} | stp loss: {reading.loss:.6E} | "
-                f"stp weighted: {record['stp_weighted']:.6E} | stp loss by tap: {by_tap} |"
+                f" iteration {record['iteration']:8d} | stp loss: {_number(record['stp_loss'])} | "
+                f"stp weighted: {_number(record['stp_weighted'])} | stp loss by tap: {by_tap} |"
             )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6E}"
 
 
 def planned_arguments() -> Namespace:
@@ -167,6 +173,11 @@ def _policy(planned: Namespace, *, running: Namespace) -> StpConfig:
     stp = stp_config(planned)
     if stp is None:
         raise UserError("has no STP", field=PLAN, fix="plan a recipe whose stp section is not null")
+    said = "only a forward step of our own says what STP must know for it"
+    if stp.within_documents:
+        raise UserError(said, field="stp.within_documents", value=True, fix="plan with stp.within_documents=false")
+    if running.calculate_per_token_loss:
+        raise UserError(said, field="--calculate-per-token-loss", fix="leave it out")
     for name in _SHAPE:
         wanted, found = getattr(planned, name), getattr(running, name)
         if wanted != found:

@@ -7,7 +7,7 @@
   all *other* sequences of the iteration, and the loss is measured again at the same spans: from L to L'. The share is
   ``(L' - L) / (L0 - L)``, of what straightness there is beyond that of independent points, L0. 0: the drift explains
   nothing; 1: without it the states are as bent as independent points; above 1 or below 0 where it is something else
-  than straightness. No number where L is not below L0, nor with one sequence an iteration.
+  than straightness. No number unless L is 0.05 below L0, nor with one sequence an iteration.
 * Gradient share: size of the STP gradient at the tap over that of all gradient that arrives there from later layers.
 
 Letters: p positions of a sequence on this rank, s of the whole of it, b batch, h hidden, m points a span, n spans,
@@ -29,6 +29,7 @@ from megacpp_stp.stp.config import StpConfig
 from megacpp_stp.stp.spans import span_terms
 
 SAMPLED_STATES = 256  # of one microbatch, for the effective rank
+_LEAST_STRAIGHTNESS = 0.05  # beyond that of independent points; the share of less is noise
 _INDEPENDENT_POINTS = {"triple": 1.5, "chord": 1.0 + 1.0 / math.sqrt(2.0)}
 
 
@@ -145,13 +146,14 @@ class Diagnosis:
             others = drift[:-1] - sample.steps
             rows = without_direction(sample.rows, others.to(sample.rows.dtype))
             with_drift, without = (
-                span_terms(self._config, each, tolerance=sample.tolerance, allowed=sample.allowed).loss
+                span_terms(self._config, each, tolerance=sample.tolerance, allowed=sample.allowed)
                 for each in (sample.rows, rows)
             )
-            row[0] += with_drift
+            counts = (with_drift.valid > 0).to(torch.float64)
+            row[0] += counts * with_drift.loss
             # One sequence has no others.
-            row[1] += torch.where(drift[-1] > 1.5, without.to(torch.float64), torch.nan)
-            row[2] += 1
+            row[1] += torch.where(drift[-1] > 1.5, counts * without.loss, torch.nan)
+            row[2] += counts
         for rank in self._ranks.get(tap, ()):
             row[3] += rank
             row[4] += 1
@@ -163,9 +165,9 @@ class Diagnosis:
         clock = None
         if losses and math.isfinite(without):
             beyond = _INDEPENDENT_POINTS[self._config.objective] - with_drift / losses
-            clock = (without - with_drift) / losses / beyond if beyond > 0 else None
+            clock = (without - with_drift) / losses / beyond if beyond >= _LEAST_STRAIGHTNESS else None
         return TapDiagnosis(
-            effective_rank=rank / ranks if ranks else None,
+            effective_rank=rank / ranks if ranks and math.isfinite(rank) else None,
             clock_share=clock,
             gradient_share=math.sqrt(added / arriving) if arriving > 0 and added > 0 else None,
         )
@@ -175,14 +177,17 @@ class Diagnosis:
 def effective_rank(states: Tensor) -> Tensor:
     """Effective rank of ``[w, h]`` states around their mean: a scalar from 1 to ``min(w - 1, h)``, fp64.
 
-    By the eigenvalues of the w by w products, so that it costs little for wide states. 1 for states that are equal.
+    By the eigenvalues of the w by w products, so that it costs little for wide states. 1 for states that are equal, NaN
+    where one is not finite.
     """
     centred = states.to(torch.float64) - states.to(torch.float64).mean(0)
+    finite = centred.isfinite().all()
+    centred = torch.where(finite, centred, 0)  # the solver would raise
     size = torch.linalg.eigvalsh(centred @ centred.T).clamp(min=0).sqrt()
     # Roots of rounding errors would count as directions.
     size = torch.where(size > size.max() * states.shape[0] * torch.finfo(torch.float64).eps ** 0.5, size, 0)
     share = size / size.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.exp(-torch.special.xlogy(share, share).sum())
+    return torch.where(finite, torch.exp(-torch.special.xlogy(share, share).sum()), torch.nan)
 
 
 def reference_effective_rank(states: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def stp_record(config: StpConfig, reading: StpReading, iteration: int) -> dict[s
     record = {
         "stp_loss": reading.loss,
         "stp_weight": weight,
-        "stp_weighted": weight * reading.loss,
+        "stp_weighted": None if reading.loss is None else weight * reading.loss,
         "stp_active": config.is_active(iteration),
         "stp_loss_by_tap": _by_name(reading.loss_by_tap),
         "stp_straightness_by_tap": _by_name(reading.straightness_by_tap),

@@ -35,6 +35,21 @@ def next_batch(iterator: Iterator[dict[str, Tensor]], device: torch.device) -> B
     return Batch(*(data[name].to(device, non_blocking=True) for name in Batch._fields))
 
 
+def own_part(batch: Batch) -> Batch:
+    """What this context-parallel rank computes of a batch, by Megatron's own split; all of it without one."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return batch
+    part = get_batch_on_this_cp_rank(
+        {**batch._asdict(), "cu_seqlens": None},
+        is_hybrid_cp=False,
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+    return Batch(*(part[name] for name in Batch._fields))
+
+
 def dataset_provider() -> Callable[..., tuple[Any, Any, Any]]:
     """Megatron's ``train_valid_test_dataset_provider`` for the ``--*-data-path`` arguments."""
 

@@ -146,13 +146,13 @@ class Recorder:
                 require_fed(reading)
                 self._taps_proven = True
             self._record.update(stp_record(self._taps.config, reading, iteration))
-            if not math.isfinite(reading.loss):
+            if reading.loss is not None and not math.isfinite(reading.loss):
                 by_tap = self._record["stp_loss_by_tap"]
                 raise FloatingPointError(f"STP loss is {reading.loss} in iteration {iteration + 1}: {by_tap}")
             if self._taps.diagnosis is not None and self._taps.config.is_diagnosed(iteration):
                 found = self._taps.diagnosis.reduce(device=self._device, groups=data_then_pipeline())
                 self._record.update(diagnosis_record(found))
-            for report in self._reports:
+            for report in self._reports if reading.loss is not None else ():
                 report["stp loss"] = torch.tensor([reading.loss], device=self._device)
         self._reports = []
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megacpp_stp.stp.documents import documents_of_tokens
-from megacpp_stp.training.data import next_batch
+from megacpp_stp.training.data import next_batch, own_part
 from megacpp_stp.training.recorder import Recorder
 
 LossReport = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -40,10 +40,11 @@ class ForwardStep:
     ) -> tuple[Tensor, Callable[[Tensor], LossReport]]:
         """Run `model` on the next microbatch; the schedule applies the returned loss function on the last stage."""
         self._recorder.begin_forward(training=model.training)
-        batch = next_batch(data_iterator, self._device)
+        whole = next_batch(data_iterator, self._device)
+        batch = own_part(whole)
         self._recorder.announce(
             tokens=batch.loss_mask.sum(),
-            documents=partial(documents_of_tokens, batch.tokens, end_of_document=self._end_of_document),
+            documents=partial(documents_of_tokens, whole.tokens, end_of_document=self._end_of_document),
             training=model.training,
         )
         # Position ids and a None mask as upstream's own entry passes them: attention is causal in the mixers.

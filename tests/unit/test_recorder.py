@@ -98,7 +98,9 @@ def test_taps_that_were_fed_once_are_not_checked_again(run):
     run.iterate(layer_2=1.0)
     run.iterate()
     assert [record["iteration"] for record in run.emitted] == [1, 2, 3]
-    assert run.emitted[1]["stp_loss_by_tap"] == {"2": 1.0, "5": 0.0, "7": 0.0}
+    assert run.emitted[1]["stp_loss_by_tap"] == {"2": 1.0, "5": None, "7": None}
+    assert run.emitted[2]["stp_loss"] is None
+    assert "stp loss" not in run.reports[0]
 
 
 def test_a_failed_check_is_made_again(run):

@@ -17,6 +17,7 @@ from megacpp_stp.stp.diagnosis import (
     reference_effective_rank,
     without_direction,
 )
+from megacpp_stp.stp.microbatch import Facts
 from megacpp_stp.stp.record import diagnosis_record
 from megacpp_stp.stp.taps import Place, StpTaps
 
@@ -100,6 +101,44 @@ def test_a_clock_explains_nothing_where_each_sequence_has_a_direction_of_its_own
     assert abs(found.clock_share) < 0.1
 
 
+def test_a_sequence_is_not_held_against_its_own_step():
+    """Two, each along a direction of its own: the other's explains nothing, the sum of both would explain much."""
+    torch.manual_seed(0)
+    directions = torch.eye(16)[:2]
+    drifting = torch.linspace(0, 40, 40).view(-1, 1, 1) * directions + 4.0 * torch.randn(40, 2, 16)
+    assert abs(diagnosed(taps_of(replace(CONFIG, n_spans=256)), drifting).clock_share) < 0.08
+
+
+def test_the_chord_objective_has_independent_points_of_its_own():
+    torch.manual_seed(0)
+    found = diagnosed(taps_of(replace(CONFIG, objective="chord", n_spans=64)), walk(40.0, noise=0.5))
+    assert found.clock_share == pytest.approx(1.0, abs=0.08)
+
+
+def test_microbatches_without_a_span_do_not_dilute_the_share():
+    torch.manual_seed(0)
+    config, states = replace(CONFIG, n_spans=64, within_documents=True), walk(40.0, noise=0.5)
+    shares = []
+    for empty in (0, 3):
+        taps = taps_of(config)
+        for number in range(1 + empty):
+            documents = torch.zeros(32, 40, dtype=torch.int64) if number == 0 else torch.full((32, 40), -1)
+            taps.read(states, tap=3, place=Place(SECOND, number, Facts(documents=documents)))
+        shares.append(taps.diagnosis.reduce(device=CPU, groups=[])[3].clock_share)
+    assert shares[1] == pytest.approx(shares[0], abs=0.02)
+
+
+def test_near_independent_points_there_is_no_share():
+    torch.manual_seed(0)
+    assert diagnosed(taps_of(), torch.randn(40, 32, 16)).clock_share is None
+
+
+def test_states_that_are_no_numbers_leave_the_word_to_the_loss():
+    states = torch.randn(12, 2, 16)
+    states[3] = torch.nan
+    assert diagnosed(taps_of(), states).effective_rank is None
+
+
 def test_without_straightness_or_other_sequences_there_is_no_share():
     torch.manual_seed(0)
     assert diagnosed(taps_of(), torch.randn(2, 1, 16).repeat(20, 1, 1)).clock_share is None  # to and fro: L is 2
@@ -115,6 +154,7 @@ def test_the_gradient_share_is_that_of_the_gradients_at_the_tap():
     hidden = torch.randn(12, 2, 16)
     with_stp, without = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     taps = taps_of()
+    taps.scale.set(torch.tensor([3.0]))
     (0.5 * taps.read(with_stp, tap=3, place=Place(SECOND, 0)).square()).sum().backward()
     (0.5 * without.square()).sum().backward()
     expected = (with_stp.grad - without.grad).norm() / without.grad.norm()
@@ -163,6 +203,17 @@ def test_context_ranks_hold_the_same_sequences(monkeypatch):
     taps = taps_of(copies=2)
     taps.read(walk(40.0, noise=0.1, batch=1), tap=3, place=Place(SECOND, 0))
     assert taps.diagnosis.reduce(device=CPU, groups=["cp"])[3].clock_share is None
+
+
+def test_copies_of_a_sequence_count_once(monkeypatch):
+    torch.manual_seed(0)
+    states, found = walk(40.0, noise=0.5, batch=2), []
+    for copies in (1, 2):
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group, n=copies: tensor.mul_(n))
+        taps = taps_of(copies=copies)
+        taps.read(states, tap=3, place=Place(SECOND, 0))
+        found.append(taps.diagnosis.reduce(device=CPU, groups=["cp"])[3].clock_share)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
 def test_the_record_names_the_taps():

@@ -249,3 +249,5 @@ def test_rows_go_to_the_ranks_that_share_a_sequence(config, tensor, sequence, co
     chunk, taps = install(config, tensor=tensor, context=context)
     assert taps._layout.group is (expected and getattr(chunk.pg_collection, expected))
     assert taps._layout.whole(1) == (tensor if sequence else 1) * context
+    assert taps.diagnosis._copies == context
+    assert taps.diagnosis._shard_group is (chunk.pg_collection.tp if sequence else None)

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -153,7 +154,26 @@ def test_the_meter_weighs_microbatches_by_their_tokens():
 def test_a_step_without_a_token_that_counts_has_no_loss():
     meter = Meter((3,))
     meter.add(3, loss=torch.tensor(1.0), valid=torch.tensor(4.0), triples=4, weight=torch.tensor(0.0))
-    assert meter.reduce(device=torch.device("cpu"), groups=[]).loss == 0.0
+    assert meter.reduce(device=torch.device("cpu"), groups=[]).loss is None
+
+
+def test_a_microbatch_without_a_span_that_counts_is_no_straightness():
+    """Its loss is 0 by definition: mixed in, collapse and empty documents would read as straight paths."""
+    meter = Meter((3, 7))
+    meter.add(3, loss=torch.tensor(1.25), valid=torch.tensor(4.0), triples=4)
+    for tap in (3, 7):
+        meter.add(tap, loss=torch.tensor(0.0), valid=torch.tensor(0.0), triples=4)
+    reading = meter.reduce(device=torch.device("cpu"), groups=[])
+    assert reading.loss_by_tap == {3: 1.25, 7: None}
+    assert reading.straightness_by_tap == {3: -0.25, 7: None}
+    assert (reading.loss, reading.valid_fraction) == (1.25, 1 / 3)
+    assert reading.straightness_by_family({3: "A", 7: "R"}) == {"A": -0.25, "R": None}
+
+
+def test_no_number_is_never_hidden():
+    meter = Meter((3,))
+    meter.add(3, loss=torch.tensor(torch.nan), valid=torch.tensor(0.0), triples=4)
+    assert math.isnan(meter.reduce(device=torch.device("cpu"), groups=[]).loss)
 
 
 def test_a_tap_weighs_its_reading_by_the_tokens():
