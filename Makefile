@@ -108,7 +108,7 @@ lint: setup ## ruff (rules and formatting) and mypy
 	@"$(BIN)/ruff" format --check .
 	@"$(BIN)/mypy"
 
-parity: setup ## Print the STP parity cells with the errors that they reach, as in docs/stp.md; half an hour
+parity: setup ## Print the STP parity cells with the errors that they reach, as in docs/stp.md
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m tests.parity.table
 
 golden: setup ## Rewrite the golden files and the generated tables of the documents; read the diff before you commit

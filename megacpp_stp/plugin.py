@@ -3,7 +3,9 @@
 Any Megatron script that builds a HybridModel from ``--spec`` trains with STP by these two alone. The plan comes from
 ``megacpp-stp plan RECIPE --format json`` and is named by the environment variable ``MEGACPP_STP_PLAN``; it says what
 STP does and what the Mamba slots hold. What it says of the model's shape must be the script's; all else is the
-script's own. STP's numbers go to the console, at ``--log-interval``, and to TensorBoard and W&B.
+script's own: none of the plan's patch surfaces is applied, and a plan whose numbers hang on one is refused (without
+fp32-groups, a 16-bit model with Mamba-3 or M2RNN trains the same and cannot be saved). STP's numbers
+go to the console, at ``--log-interval``, and to TensorBoard and W&B.
 
 The script must not sum its loss per token, nor keep spans inside documents: only its own forward step could say how
 many tokens count and where documents are, see `megacpp_stp.stp.taps.StpTaps.set_microbatch`.

@@ -44,11 +44,6 @@ class StpConfig:
         assert len(set(self.taps)) == len(self.taps) > 0, self.taps
         assert len(self.families) in (0, len(self.taps)), self.families
 
-    @property
-    def points(self) -> int:
-        """Positions of one span."""
-        return 3 if self.objective == "triple" else 4
-
     def is_active(self, iteration: int) -> bool:
         """Whether iteration number `iteration` (iterations completed before it) has the STP gradient."""
         return self.weight > 0 and iteration >= self.start_step
