@@ -32,7 +32,7 @@ def check_command(
     format: FormOption = Form.TABLE,
 ) -> None:
     """Let Megatron's own parser validate a recipe's arguments, and show what it derives. Needs no GPU."""
-    from megacpp_stp.training.launcher import require_train_extra
+    from megacpp_stp.training.preflight import require_train_extra
     from megacpp_stp.training.upstream_check import ask_upstream
 
     plan = build_plan(load_recipe(recipe, set_ or ()), device=device.value)

@@ -49,7 +49,8 @@ def launch_command(
     from megacpp_stp.runs.attempts import find_continuation
     from megacpp_stp.runs.files import RECEIPT
     from megacpp_stp.runs.summary import print_summary
-    from megacpp_stp.training.launcher import Launch, resolve_device
+    from megacpp_stp.training.launcher import Launch
+    from megacpp_stp.training.preflight import resolve_device
 
     _check_resume(recipe, run_dir, resume=resume, allow_plan_change=allow_plan_change)
     loaded, planned_device = _wanted(recipe, set_ or (), run_dir if resume else None)

@@ -19,7 +19,7 @@ from megacpp_stp.recipe import load_recipe
 from megacpp_stp.runs.files import write_json
 from megacpp_stp.runs.receipt import Receipt, plan_facts, read_receipt
 from megacpp_stp.training import journal as journal_module
-from megacpp_stp.training import launcher
+from megacpp_stp.training import preflight
 from megacpp_stp.training import recorder as recorder_module
 from megacpp_stp.training.arguments import read_plan
 from megacpp_stp.training.journal import Journal
@@ -116,14 +116,14 @@ def test_a_rank_takes_these_options_beside_the_plans(tmp_path, from_iteration):
 
 def test_on_a_gpu_what_could_not_be_loaded_is_not_saved(monkeypatch):
     plan = plan_of("optimizer.distributed=true", device="cuda")
-    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        launcher._check_loadable(plan)
+        preflight._check_loadable(plan)
     assert caught.value.field == "training.checkpoint"
-    launcher._check_loadable(plan_of(device="cuda"))
-    launcher._check_loadable(plan_of("optimizer.distributed=true", "training.checkpoint=null", device="cuda"))
-    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: name == "transformer_engine" or None)
-    launcher._check_loadable(plan)
+    preflight._check_loadable(plan_of(device="cuda"))
+    preflight._check_loadable(plan_of("optimizer.distributed=true", "training.checkpoint=null", device="cuda"))
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: name == "transformer_engine" or None)
+    preflight._check_loadable(plan)
 
 
 # --- the command line ---------------------------------------------------------------------------------------
