@@ -8,7 +8,7 @@ is the one place where a parameter's dtype is settled, and every cast goes throu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class KeepsFp32(torch.nn.Module):
         fp32_parameters: Their names; of parameters of the module itself, not of a submodule.
     """
 
-    fp32_parameters: ClassVar[tuple[str, ...]] = ()
+    fp32_parameters: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``.to()``, ``.half()``, ``.cuda()`` and their like call, with the cast they make."""

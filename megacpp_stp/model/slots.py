@@ -20,7 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 
 from megacpp_stp.model.errors import BuildError
+from megacpp_stp.model.m2rnn.kernels import M2RNN_SCANS
 from megacpp_stp.model.m2rnn.mixer import M2RNNMixer
+from megacpp_stp.model.mamba3.kernels import MAMBA3_SCANS
 from megacpp_stp.model.mamba3.mixer import Mamba3Mixer
 
 MAMBA3_LAYERS, RECURRENT_LAYERS, MAMBA2_LAYERS = (
@@ -66,8 +68,8 @@ class Slots:
         mamba3: Global numbers of the Mamba-3 layers, from 1.
         m2rnn: Those of the M2RNN layers.
         mamba2: Those of the Mamba-2 layers, of which Megatron's configuration has all sizes.
-        mamba3_options: Keyword arguments of `Mamba3Mixer`: ``chunk_size``, ``rope_fraction``.
-        m2rnn_options: Keyword arguments of `M2RNNMixer`: its sizes.
+        mamba3_options: Keyword arguments of `Mamba3Mixer`: its sizes beside Megatron's, and its scan.
+        m2rnn_options: Keyword arguments of `M2RNNMixer`: its sizes and its scan.
     """
 
     mamba3: frozenset[int]
@@ -103,10 +105,17 @@ class Slots:
             mamba3_options={
                 "chunk_size": _needed(args, "--nam-mamba3-chunk-size"),
                 "rope_fraction": _ROTATED_FRACTION if rotated else 0.0,
+                "mimo_rank": _needed(args, "--nam-mamba3-mimo-rank"),
+                "scan": MAMBA3_SCANS[_needed(args, "--nam-mamba3-kernel")],
             }
             if mamba3
             else {},
-            m2rnn_options={name: _needed(args, option) for option, name in _M2RNN_SIZES.items()} if m2rnn else {},
+            m2rnn_options={
+                **{name: _needed(args, option) for option, name in _M2RNN_SIZES.items()},
+                "scan": M2RNN_SCANS[_needed(args, "--nam-m2rnn-kernel")],
+            }
+            if m2rnn
+            else {},
         )
 
     def spec(self, layer_number: int, modules: SlotModules) -> ModuleSpec:
@@ -213,6 +222,8 @@ def add_slot_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(MAMBA3_LAYERS, type=_numbers, help="layers whose Mamba slot holds a Mamba-3 mixer")
     group.add_argument("--nam-mamba3-chunk-size", type=int, help="steps that a Mamba-3 mixer computes together")
     group.add_argument("--nam-mamba3-complex-rotation", action="store_true", help="the complex form of Mamba-3")
+    group.add_argument("--nam-mamba3-mimo-rank", type=int, help="inputs and outputs of a head of a Mamba-3 mixer")
+    group.add_argument("--nam-mamba3-kernel", choices=tuple(MAMBA3_SCANS), help="what computes Mamba-3's recurrence")
     group.add_argument(RECURRENT_LAYERS, type=_numbers, help="layers whose Mamba slot holds an M2RNN mixer")
     group.add_argument(MAMBA2_LAYERS, type=_numbers, help="layers whose Mamba slot holds Megatron's own mixer")
     group.add_argument("--nam-m2rnn-heads", type=int, help="heads of an M2RNN mixer")
@@ -220,6 +231,7 @@ def add_slot_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--nam-m2rnn-value-dim", type=int, help="columns of a head's state")
     group.add_argument("--nam-m2rnn-conv-kernel", type=int, help="steps that its causal convolution sees")
     group.add_argument("--nam-m2rnn-checkpoint-every", type=int, help="steps between two kept states")
+    group.add_argument("--nam-m2rnn-kernel", choices=tuple(M2RNN_SCANS), help="what computes M2RNN's recurrence")
     return parser
 
 

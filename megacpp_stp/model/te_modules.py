@@ -6,6 +6,8 @@ imports without Transformer Engine, as Megatron does, so that arguments can be c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -46,6 +48,8 @@ def require_transformer_engine() -> None:
 class TeStack(NamStack):
     """The NAM stack of Transformer Engine modules; nothing of it is built without Transformer Engine.
 
+    In an fp8 model, the layers that ``--nam-bf16-layers`` names compute their products in bf16.
+
     Raises:
         BuildError: Transformer Engine is missing, or an option that would put other classes in the spec's place.
     """
@@ -59,6 +63,28 @@ class TeStack(NamStack):
                 fix="leave it out",
             )
         super().__init__(config, *args, **kwargs)
+        numbers = _bf16_layers() if config.fp8 else ()
+        for layer in self.layers if numbers else ():
+            if layer.layer_number in numbers:
+                layer.forward = _without_fp8(layer.forward)
+
+
+def _bf16_layers() -> tuple[int, ...]:
+    from megatron.training import get_args
+
+    return getattr(get_args(), "nam_bf16_layers", None) or ()
+
+
+def _without_fp8(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward outside of the fp8 region around it; recomputation calls it again, and the same holds."""
+    fp8_autocast = import_module("transformer_engine.pytorch").fp8_autocast
+
+    @wraps(forward)
+    def in_bf16(*args: Any, **kwargs: Any) -> Any:
+        with fp8_autocast(enabled=False):
+            return forward(*args, **kwargs)
+
+    return in_bf16
 
 
 class TeMLASelfAttention(MLASelfAttention):

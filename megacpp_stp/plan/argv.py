@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megacpp_stp.plan.health import health_options
 from megacpp_stp.plan.lowering import HybridPlan
 from megacpp_stp.plan.passthrough import passed_through
+from megacpp_stp.plan.precision import fp8_options
 from megacpp_stp.recipe.blocks import Attention, M2rnn, Mamba2, Mamba3, Mla
 from megacpp_stp.recipe.schema import Recipe
 
@@ -51,7 +53,7 @@ def emit(recipe: Recipe, layout: HybridPlan, *, device: str) -> tuple[Argument, 
         _experts(recipe),
         _backend(recipe),
         _parallel(recipe, device),
-        _training(recipe),
+        _training(recipe, layout),
         _optimizer(recipe),
         _data(recipe),
         _nam(recipe, layout, device),
@@ -205,7 +207,7 @@ def _parallel(recipe: Recipe, device: str) -> Iterator[Argument]:
     yield _arg("--distributed-backend", _BACKENDS[device], "--device")
 
 
-def _training(recipe: Recipe) -> Iterator[Argument]:
+def _training(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
     training = recipe.training
     yield _arg("--seq-length", training.sequence_length, "training.sequence_length")
     yield _arg("--micro-batch-size", training.micro_batch_size, "training.micro_batch_size")
@@ -226,9 +228,11 @@ def _training(recipe: Recipe) -> Iterator[Argument]:
             ("--hysteresis", "hysteresis"),
         ):
             yield _arg(option, getattr(scale, name), f"training.loss_scale.{name}")
+    yield from (Argument(tokens, field) for tokens, field in fp8_options(recipe, layout))
     # Upstream's default repeats a step whose loss is not finite, then wants to save and move to another GPU.
-    # Here the first NaN ends the run, with its iteration.
-    yield _arg("--rerun-mode", "disabled", "training (stop at the first NaN)")
+    # Here what is not finite ends the run, or the step is left out.
+    yield _arg("--rerun-mode", "disabled", "training.health.nonfinite")
+    yield from (Argument(tokens, field) for tokens, field in health_options(recipe))
     yield _arg("--log-interval", training.log_interval, "training.log_interval")
     yield _arg("--eval-interval", training.eval_interval, "training.eval_interval")
     yield _arg("--eval-iters", training.eval_iterations, "training.eval_iterations")
@@ -323,12 +327,14 @@ def _slots(recipe: Recipe, layout: HybridPlan) -> Iterator[Argument]:
         yield _arg("--nam-mamba3-chunk-size", families.M.chunk_size, f"{field}.chunk_size")
         if families.M.complex_rotation:
             yield _flag("--nam-mamba3-complex-rotation", f"{field}.complex_rotation")
+        yield _arg("--nam-mamba3-mimo-rank", families.M.mimo_rank, f"{field}.mimo_rank")
+        yield _arg("--nam-mamba3-kernel", families.M.kernel, f"{field}.kernel")
     if isinstance(families.M, Mamba2):
         yield _arg("--nam-mamba2-layers", _numbers(layout.numbers("mamba2")), _LAYERS)
     if isinstance(families.R, M2rnn):
         field = "model.families.R"
         yield _arg("--nam-recurrent-layers", _numbers(layout.numbers("m2rnn")), _LAYERS)
-        for name in ("heads", "key_dim", "value_dim", "conv_kernel", "checkpoint_every"):
+        for name in ("heads", "key_dim", "value_dim", "conv_kernel", "checkpoint_every", "kernel"):
             option = f"--nam-m2rnn-{name.replace('_', '-')}"
             yield _arg(option, getattr(families.R, name), f"{field}.{name}")
 

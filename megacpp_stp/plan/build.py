@@ -14,6 +14,7 @@ from megacpp_stp.plan.argv import Argument, emit
 from megacpp_stp.plan.checks import check, data_parallel_size, micro_batches
 from megacpp_stp.plan.env import EnvVar, environment
 from megacpp_stp.plan.gaps import Gap, find_gaps
+from megacpp_stp.plan.kernels import check_kernels
 from megacpp_stp.plan.layers import sparse_of
 from megacpp_stp.plan.lowering import HybridPlan, lower
 from megacpp_stp.plan.stages import choose_stages
@@ -138,12 +139,13 @@ def build_plan(recipe: Recipe, *, device: Device = "cuda") -> RunPlan:
         )
     layout = lower(recipe, stages=choose_stages(recipe))
     check(recipe, layout)
+    check_kernels(recipe, device=device)
     return RunPlan(
         recipe=recipe,
         device=device,
         layout=layout,
         arguments=emit(recipe, layout, device=device),
-        env=environment(device=device),
+        env=environment(recipe, device=device),
         patches=tuple(_patches(recipe, layout)),
         gaps=find_gaps(recipe, layout),
         data_parallel=data_parallel_size(recipe),

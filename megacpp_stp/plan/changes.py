@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "training.eval_interval",
     "training.eval_iterations",
     "training.checkpoint",
+    "training.health",
     "stp.diagnose_every",
     "data.path",  # not what is there: the journal compares its content
     "data.workers",

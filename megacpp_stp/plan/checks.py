@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.checkpoint import check_checkpoint
+from megacpp_stp.plan.health import check_health
 from megacpp_stp.plan.lowering import HybridPlan
+from megacpp_stp.plan.precision import check_precision
 from megacpp_stp.plan.stp import check_stp
 from megacpp_stp.recipe.blocks import Attention, M2rnn, Mamba2, Mamba3, Mla
 from megacpp_stp.recipe.schema import Recipe
@@ -69,9 +71,10 @@ def check(recipe: Recipe, layout: HybridPlan) -> None:
     _check_recompute(recipe)
     check_stp(recipe)
     _check_optimizer(recipe)
-    _check_precision(recipe)
+    check_precision(recipe, layout)
     _check_sparse(recipe)
     check_checkpoint(recipe, layout)
+    check_health(recipe)
 
 
 def _divides(size: int, total: int, *, field: str, of: str, fix: str = "use a divisor") -> None:
@@ -345,31 +348,6 @@ def _check_sparse(recipe: Recipe) -> None:
             field=f"megatron.{option}",
             value=recipe.megatron[option],
             fix="leave it out, or set the kernel to upstream",
-        )
-
-
-def _check_precision(recipe: Recipe) -> None:
-    training, scale = recipe.training, recipe.training.loss_scale
-    if training.fused_cross_entropy == "cut-cross-entropy" and training.precision == "fp32":
-        raise UserError(
-            "is exact in 16 bits only",
-            field="training.fused_cross_entropy",
-            value=training.fused_cross_entropy,
-            fix="use torch, or training.precision bf16",
-        )
-    if (training.precision == "fp16") != (scale is not None):
-        raise UserError(
-            "is for fp16 alone" if scale else "fp16 needs it: small gradients would vanish",
-            field="training.loss_scale",
-            value=None if scale is None else scale.initial,
-            fix="write null" if scale else "write {initial: 65536.0, minimum: 1.0, window: 1000, hysteresis: 2}",
-        )
-    if scale and scale.minimum > scale.initial:
-        raise UserError(
-            f"is above training.loss_scale.initial {scale.initial}",
-            field="training.loss_scale.minimum",
-            value=scale.minimum,
-            fix="lower it",
         )
 
 

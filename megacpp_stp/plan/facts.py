@@ -18,6 +18,7 @@ _RECEIPT_PATHS: dict[Path, Path] = {
     ("recipe", "provenance"): ("provenance",),
     ("recipe", "overrides"): ("overrides",),
     ("spec", "backend"): ("model", "backend"),
+    **{("spec", "kernels", family): ("model", "families", family, "kernel") for family in ("M", "R")},
     ("pattern", "source"): ("layout", "source_pattern"),
     ("pattern", "megatron"): ("layout", "megatron_pattern"),
     ("auxiliary_losses", "stp"): ("stp",),
@@ -103,7 +104,7 @@ def _run_facts(receipt: Mapping[str, Any]) -> Facts:
     facts: Facts = {}
     for root in ("substrate", "data", "spec"):
         facts.update(_leaves(receipt.get(root), (root,)))
-    for source in (("substrate", "hardware", "device"), ("spec", "backend")):  # the plan's
+    for source in _RECEIPT_PATHS:  # the plan's
         facts.pop(source, None)
     facts.update({("patches", name): state for name, state in _patch_states(receipt).items()})
     return facts

@@ -17,6 +17,10 @@ from megacpp_stp.recipe.schema import Recipe
 
 ADAM_MOMENTS = 2
 
+_FP8_COPIES = 2
+"""Bytes beside a bf16 weight: Transformer Engine casts it once for all microbatches, and keeps its transpose too, since
+a Hopper GPU multiplies fp8 in one layout alone.  By reading; never measured."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
@@ -24,7 +28,7 @@ class Footprint:
 
     Attributes:
         elements: Parameters, copies included.
-        weights: The parameters.
+        weights: The parameters, and their fp8 copies.
         gradients: DDP's buffers: fp32 in either precision (``validate_args`` turns
             accumulate_allreduce_grads_in_fp32 on for bf16).
         state: Adam: two fp32 moments and, of a bf16 weight, an fp32 copy; cut over data-parallel ranks by the
@@ -88,6 +92,8 @@ def _footprint(recipe: Recipe, part: Part, shards: dict[Split, int]) -> Footprin
         stepped = -(-here // shards[weight.split]) if recipe.optimizer.distributed else here
         elements += here
         weights += here * (FP32 if weight.keeps_fp32 else COMPUTE_BYTES[training.precision])
+        if weight.is_matrix and part.layer is not None and training.fp8 and part.family in training.fp8.families:
+            weights += here * _FP8_COPIES
         state += stepped * FP32 * (ADAM_MOMENTS + (0 if fp32 or weight.keeps_fp32 else 1))
         step += stepped * FP32
     tokens = training.sequence_length * training.micro_batch_size // parallel.context

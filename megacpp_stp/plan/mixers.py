@@ -4,8 +4,9 @@
 * Mamba-3: `megacpp_stp.model.mamba3`, after mamba_ssm/modules/mamba3.py of state-spaces/mamba.
 * M2RNN: `megacpp_stp.model.m2rnn`.
 
-Legend: h hidden, H heads, P channels of a head, N state, G groups, S angles, c chunk or convolution steps; for M2RNN K
-key and V value channels of a head. Names are from the layer down; each layer has a norm of width h before its mixer.
+Legend: h hidden, H heads, P channels of a head, N state, G groups, S angles, R inputs and outputs of a head (MIMO), c
+chunk or convolution steps; for M2RNN K key and V value channels of a head. Names are from the layer down; each layer
+has a norm of width h before its mixer.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def mamba2_weights(model: Model) -> Iterator[Weight]:
 
 
 def mamba3_weights(model: Model) -> Iterator[Weight]:
-    """A Mamba-3 layer (SISO); the angle projection only with rotation."""
+    """A Mamba-3 layer; the angle projection only with rotation, ``mimo_x`` and its like only with R > 1."""
     block = mamba3_of(model)
     h, heads, inner = model.hidden_size, block.heads, block.heads * block.head_dim
     yield vector("norm", h)
@@ -48,9 +49,11 @@ def mamba3_weights(model: Model) -> Iterator[Weight]:
     for name in ("B_norm", "C_norm"):
         yield vector(f"mixer.{name}", block.state_dim)
     for name in ("B_bias", "C_bias"):
-        yield vector(f"mixer.{name}", heads * block.state_dim, split="tensor", keeps_fp32=True)
+        yield vector(f"mixer.{name}", heads * block.mimo_rank * block.state_dim, split="tensor", keeps_fp32=True)
     for name in ("dt_bias", "D"):
         yield vector(f"mixer.{name}", heads, split="tensor", keeps_fp32=True)
+    for name in ("mimo_x", "mimo_z", "mimo_o") if block.mimo_rank > 1 else ():
+        yield vector(f"mixer.{name}", inner * block.mimo_rank, split="tensor", keeps_fp32=True)
     if angles := mamba3_angles(block):
         yield matrix("mixer.angle_proj", angles * h, split="none")
     yield matrix("mixer.out_proj", inner * h, split="tensor")
@@ -76,16 +79,16 @@ def recurrence_flops(model: Model, kind: Kind) -> int:
     """Forward FLOPs a token of everything between a mixer's two projections; none grows with the sequence.
 
     Mamba-2 as upstream counts it. Mamba-3 by chunks, with the masked half of each: scores and their product with x
-    2 c (N + P), the chunk's state and the reading of the last one 4 N P a head. M2RNN: state times transition, key
-    times value and query times state 2 K V (V + 2) a head, and its convolution.
+    2 c (N + P) R^2, the chunk's state and the reading of the last one 4 N P R a head. M2RNN: state times transition,
+    key times value and query times state 2 K V (V + 2) a head, and its convolution.
     """
     if kind == "mamba2":
         block = mamba2_of(model)
         return _MAMBA2_SCAN * block.heads * block.head_dim * block.state_dim
     if kind == "mamba3":
         ssm = mamba3_of(model)
-        state, width = ssm.state_dim, ssm.head_dim
-        return ssm.heads * (2 * ssm.chunk_size * (state + width) + 4 * state * width)
+        state, width, rank = ssm.state_dim, ssm.head_dim, ssm.mimo_rank
+        return ssm.heads * rank * (2 * ssm.chunk_size * rank * (state + width) + 4 * state * width)
     if kind == "m2rnn":
         rnn = m2rnn_of(model)
         recurrence = 2 * rnn.heads * rnn.key_dim * rnn.value_dim * (rnn.value_dim + 2)
@@ -100,7 +103,8 @@ def mamba2_projected(block: Mamba2) -> int:
 
 def mamba3_projected(block: Mamba3) -> int:
     """Rows of the input projection: z, x, B, C, and dt, A, trapezoid a head."""
-    return 2 * block.heads * block.head_dim + 2 * block.groups * block.state_dim + 3 * block.heads
+    keys = block.groups * block.mimo_rank * block.state_dim
+    return 2 * block.heads * block.head_dim + 2 * keys + 3 * block.heads
 
 
 def mamba3_angles(block: Mamba3) -> int:

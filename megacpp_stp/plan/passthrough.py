@@ -55,7 +55,6 @@ ALLOWED = frozenset(
         # Checks and time limits
         "check-weight-hash-across-dp-replicas-interval",
         "deterministic-mode",
-        "distributed-timeout-minutes",
         "exit-duration-in-mins",
         "exit-signal-handler",
         # Kernels and schedules that compute the same

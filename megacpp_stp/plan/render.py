@@ -13,6 +13,7 @@ from rich.text import Text
 
 from megacpp_stp.plan.build import ENTRY_MODULE, RunPlan
 from megacpp_stp.plan.lowering import HybridPlan, Layer
+from megacpp_stp.plan.render_world import world_sections
 from megacpp_stp.recipe.schema import Stp
 
 _TAP_MARK = "^"
@@ -43,6 +44,7 @@ def _sections(plan: RunPlan, *, width: int) -> Iterator[RenderableType]:
     yield from _memory(plan)
     yield from _seams(plan)
     yield _stp(plan)
+    yield from world_sections(plan)
     yield from _gaps(plan)
     env = Table(title="environment", title_justify="left", box=None, pad_edge=False)
     for name in ("variable", "value", "why"):

@@ -109,6 +109,10 @@ class Mamba3(_Ssm):
     """Steps that are computed together."""
     complex_rotation: bool
     """Rotate half of the state by data-dependent angles (the complex form)."""
+    mimo_rank: Positive
+    """Inputs and outputs of a head at each step (MIMO); 1 for one of each (SISO)."""
+    kernel: Literal["torch", "mamba-ssm"]
+    """torch: ours, exact in every precision, on any device; mamba-ssm: the authors' kernels, for GPUs and bf16."""
 
 
 class Mamba2(_Ssm):
@@ -131,6 +135,8 @@ class M2rnn(Section):
     """Steps that the causal convolution of query, key and value sees."""
     checkpoint_every: Positive
     """Steps between two states that are kept for the backward pass."""
+    kernel: Literal["torch", "triton", "xma"]
+    """torch: ours, on any device; triton: our kernels, for GPUs; xma: the authors', for GPUs, installed from source."""
 
 
 class StandIn(Section):

@@ -23,6 +23,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # pydantic puts the chosen block into the location, and the types that it tried.
 _BLOCK_TAGS = ("mla", "attention", "mamba3", "mamba2", "m2rnn", "stand-in")
 _TRIED = ("tuple[", "literal[")
+_NAMES_ARE_FREE = (["megatron"], ["launch", "environment"])
 _MOST_FINDINGS = 8
 
 
@@ -134,7 +135,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     value = parse_yaml(text, name=f"--set {path}")
     node: Any = data
     for depth, key in enumerate(keys):
-        may_be_new = keys[:-1] == ["megatron"] and depth == 1
+        may_be_new = keys[:-1] in _NAMES_ARE_FREE and depth == len(keys) - 1
         if not isinstance(node, dict) or (key not in node and not may_be_new):
             known = sorted(node) if isinstance(node, dict) else []
             close = difflib.get_close_matches(key, known, n=1)
@@ -181,6 +182,8 @@ def _where(location: tuple[Any, ...]) -> str:
     # Below these are no keys, only the types that pydantic tried.
     if location[:1] == ("megatron",):
         location = location[:2]
+    if location[:2] == ("launch", "environment"):
+        location = location[:3]
     if location[:2] == ("stp", "taps"):
         location = location[:3]
     return ".".join(
@@ -203,6 +206,8 @@ def _finding(item: Any, where: str) -> tuple[str, str]:
         return "is missing", f"add {where}: a recipe is complete, nothing has a hidden default"
     if kind == "union_tag_not_found":
         return "has no 'block'", "say which block it is"
+    if where.startswith("launch.environment."):
+        return f"is no environment variable (got {shown})", "write NAME: a text, a whole number, or null"
     if item["loc"][-1:] == ("[key]",):
         return "is no option of Megatron", "use its name without the dashes in front, as log-throughput"
     if where.startswith("megatron."):

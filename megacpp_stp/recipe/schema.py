@@ -39,6 +39,8 @@ __all__ = [
 OptionName = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 OptionText = Annotated[str, Field(pattern=r"^[^\x00-\x1f-][^\x00-\x1f]*$")]
 OptionValue = bool | int | float | OptionText | tuple[int | float | OptionText, ...]
+VariableName = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]
+VariableText = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*$")]
 Iterations = Annotated[int, Field(gt=0, lt=2**31)]
 
 
@@ -152,6 +154,17 @@ class Checkpoint(Section):
     """Iterations between checkpoints that stay; each other one is deleted once the next is whole. null: all stay."""
 
 
+class Health(Section):
+    """What ends a run while it runs."""
+
+    nonfinite: Literal["stop", "skip"]
+    """What follows a loss, an STP loss or a gradient that is not finite: stop ends the run, skip drops the step."""
+    most_skipped: Positive | None
+    """For skip: so many steps in a row may be dropped, one more ends the run. null for stop."""
+    hang_minutes: Annotated[float, Field(gt=0.0, le=10_080.0)]
+    """Minutes without progress after which each rank says where it waits, and the run is ended."""
+
+
 class LossScale(Section):
     """Dynamic scaling of the loss, so that fp16 gradients do not vanish; the optimizer takes it out again."""
 
@@ -165,6 +178,19 @@ class LossScale(Section):
     """Overflows, each of which skips its step, until it halves."""
 
 
+class Fp8(Section):
+    """Matrix products in fp8, by Transformer Engine; weights, norms, recurrences and the output layer stay bf16."""
+
+    format: Literal["hybrid", "e4m3"]
+    """hybrid: e4m3 forward, e5m2 for gradients."""
+    scaling: Literal["tensorwise", "delayed", "blockwise"]
+    """Whence an operand's factor comes: its own largest value, those of earlier steps, or one for each block."""
+    amax_history: Positive | None
+    """Steps that delayed scaling looks back; null for the others."""
+    families: Annotated[tuple[Literal["A", "E", "M", "R"], ...], Field(min_length=1)]
+    """Letters whose products are in fp8; those of the others stay bf16."""
+
+
 class Training(Section):
     """The loop."""
 
@@ -174,6 +200,8 @@ class Training(Section):
     global_batch_size: Positive
     seed: Annotated[int, Field(gt=0, lt=2**31)]
     precision: Literal["fp32", "bf16", "fp16"]
+    fp8: Fp8 | None
+    """On top of bf16, with backend te; null for none."""
     loss_scale: LossScale | None
     """For fp16 alone; null otherwise."""
     log_interval: Positive
@@ -186,6 +214,7 @@ class Training(Section):
     """What computes the loss without keeping logits, on whose kernels; null: Megatron's own loss, which keeps them."""
     checkpoint: Checkpoint | None
     """null: nothing is saved, and a run that was stopped cannot go on."""
+    health: Health
 
 
 class Optimizer(Section):
@@ -223,6 +252,9 @@ class Launch(Section):
 
     nodes: Positive
     processes_per_node: Positive
+    environment: dict[VariableName, int | VariableText | None]
+    """Environment variables of every rank beside those that the plan derives: a value sets one, null leaves one to the
+    machine."""
 
 
 class Recipe(Section):

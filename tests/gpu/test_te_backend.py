@@ -20,6 +20,7 @@ from tests.e2e.conftest import SHORT, VOCAB, cli, dataset  # noqa: F401 - fixtur
 from tests.gpu._nccl import on_gpu
 from tests.parity import nam
 from tests.parity.te_layers import KINDS, B, Errors, H, S, build, compare
+from tests.parity.test_te_fp8 import DELAYED, SIZES, TENSORWISE
 from tests.te_double import PATH
 
 TE = importlib.util.find_spec("transformer_engine") is not None
@@ -132,6 +133,17 @@ def test_both_backends_train_the_same_model(letters, more, precision, tolerance)
     assert len(te) == 5
     for ours, theirs in zip(te, plain, strict=True):
         assert ours == pytest.approx(theirs, rel=tolerance)
+
+
+@on_a_gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="no fp8")
+@pytest.mark.parametrize("fp8", [TENSORWISE, DELAYED], ids=["tensorwise", "delayed"])
+def test_fp8_trains_as_bf16_does(fp8):
+    """Three bits of mantissa: a step's loss moves by a few percent at most, and is not bf16's own."""
+    found, rounded = on_gpu(losses, [(*SIZES, fp8), SIZES], 5, timeout=500)
+    assert all(math.isfinite(loss) for loss in found)
+    assert found == pytest.approx(rounded, rel=3e-2)
+    assert found != rounded
 
 
 @on_a_gpu

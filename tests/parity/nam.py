@@ -20,6 +20,7 @@ from megacpp_stp.plan.lowering import lower
 from megacpp_stp.plan.stages import choose_stages
 from megacpp_stp.recipe import load_recipe
 from megacpp_stp.recipe.schema import Recipe
+from tests.parity.checkpoints import load_weights, spoil
 from tests.parity.cuts import Cut, cut_of, part_of
 from tests.parity.te_names import torch_name
 
@@ -34,8 +35,9 @@ BASE = (
     "grouped_gemm: false, dispatcher: alltoall, router: {score_function: sigmoid, expert_bias: true, "
     "aux_loss_coeff: 1.0e-2, z_loss_coeff: 1.0e-3}}",
     "model.families.M={block: mamba3, heads: 4, head_dim: 16, state_dim: 16, groups: 2, chunk_size: 16, "
-    "complex_rotation: true}",
-    "model.families.R={block: m2rnn, heads: 4, key_dim: 8, value_dim: 8, conv_kernel: 4, checkpoint_every: 16}",
+    "complex_rotation: true, mimo_rank: 1, kernel: torch}",
+    "model.families.R={block: m2rnn, heads: 4, key_dim: 8, value_dim: 8, conv_kernel: 4, checkpoint_every: 16, "
+    "kernel: torch}",
     f"training.sequence_length={SEQUENCE}",
     f"training.micro_batch_size={BATCH}",
     "training.global_batch_size=8",
@@ -90,7 +92,11 @@ class Outcome(NamedTuple):
 
 def train(overrides: tuple[str, ...], steps: int = STEPS) -> Outcome:
     """Train on this rank."""
-    model = Training(overrides)
+    return outcome_of(Training(overrides), steps)
+
+
+def outcome_of(model: Training, steps: int = STEPS) -> Outcome:
+    """Train a model that is there."""
     found = [model.step(number) for number in range(steps)]
     named = dict(named_parameters(model.chunks))
     cuts = {name: cut_of(name, parameter) for name, parameter in named.items()}
@@ -102,6 +108,7 @@ class Training:
 
     Args:
         overrides: Of nam56r-tiny.
+        load: Folder of a checkpoint with its weights; None for weights by name.
 
     Attributes:
         wrapped: Its chunks as the schedule runs them.
@@ -109,7 +116,7 @@ class Training:
         filled: Their weights before they were wrapped, by name.
     """
 
-    def __init__(self, overrides: tuple[str, ...]) -> None:
+    def __init__(self, overrides: tuple[str, ...], load: str | None = None) -> None:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.optimizer import get_megatron_optimizer
         from megatron.core.process_groups_config import ProcessGroupCollection
@@ -119,7 +126,7 @@ class Training:
         args = arguments_of(load_recipe("nam56r-tiny", overrides))
         config = hybrid_config_from_args(args)
         config.transformer.finalize_model_grads_func = finalize_model_grads
-        config.pre_wrap_hooks.append(self._fill)
+        config.pre_wrap_hooks.append(self._fill if load is None else spoil)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         wrapper = {} if args.bf16 else {"mixed_precision_wrapper": None}
         builder = config.get_builder_cls()(config)
@@ -129,6 +136,8 @@ class Training:
         config.transformer.grad_scale_func = self.optimizer.scale_loss
         self.args, self.groups = args, groups
         self.chunks = [_bare(chunk) for chunk in self.wrapped]
+        if load is not None:
+            load_weights(self, load)
 
     def _fill(self, chunks: list[Any]) -> list[Any]:
         """Before any wrapper: weights by name."""

@@ -25,9 +25,12 @@ SPARSE = (
 )
 MAMBA3 = (
     "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 16, "
-    "complex_rotation: false}"
+    "complex_rotation: false, mimo_rank: 1, kernel: torch}"
 )
-M2RNN = "model.families.R={block: m2rnn, heads: 6, key_dim: 16, value_dim: 8, conv_kernel: 3, checkpoint_every: 16}"
+M2RNN = (
+    "model.families.R={block: m2rnn, heads: 6, key_dim: 16, value_dim: 8, conv_kernel: 3, checkpoint_every: 16, "
+    "kernel: torch}"
+)
 PREDICTION = "model.mtp={depths: 2, pattern: AE, loss_coeff: 0.3}"
 DENSE_MLP = "model.families.A.dense_mlp=true"
 ONE_STAGE = ("parallel.pipeline=1", "parallel.stages=[12]")
@@ -51,6 +54,7 @@ ON_ONE_RANK = {
     "dense layers in attention blocks": (DENSE_MLP, "stp.taps=[6,15]"),
     "mamba3": (MAMBA3,),
     "mamba3, rotated": (MAMBA3.replace("false", "true"), "model.families.M.state_dim=22"),
+    "mamba3, several inputs": (MAMBA3.replace("mimo_rank: 1", "mimo_rank: 3"),),
     "m2rnn": (M2RNN,),
     "both recurrent": (MAMBA3, M2RNN),
     "small heads": ("model.families.A.qk_pos_emb_head_dim=2", "model.families.A.v_head_dim=8"),

@@ -1,6 +1,9 @@
-"""Run the authors' Mamba-3 module under Triton's interpreter, and print how far the reference mixer is from it.
+"""Run the authors' Mamba-3 under Triton's interpreter, and print how far from it is what here does the same.
 
     TRITON_INTERPRET=1 python -m tests.unit._mamba3_upstream '[[37, 1, 0.5]]'        # length, groups, rotated share
+
+Two errors for each case: the reference mixer's to their module; and, on inputs of its own, the adapter to their op's
+(`megacpp_stp.model.mamba3.kernels`) to `chunked_scan`.
 
 What is replaced in the authors' package, none of it the formula: the CUDA extension of another model, an autotuner that
 needs a driver, four elementary functions written in GPU assembly, the norm's kernel by its plain form from the same
@@ -10,6 +13,7 @@ in the interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -21,7 +25,10 @@ import triton
 import triton.language as tl
 from triton.runtime.autotuner import Autotuner
 
+from megacpp_stp.model.mamba3 import kernels
+from megacpp_stp.model.mamba3.chunked import chunked_scan
 from megacpp_stp.model.mamba3.reference import reference_mixer
+from tests.unit.test_mamba3_scan import cast, scan_inputs
 
 HIDDEN, HEADS, HEAD_DIM, STATE, CHUNK = 24, 4, 16, 16, 16
 
@@ -61,9 +68,11 @@ def authors_module() -> Any:
 
     def without_the_cast(Q: Any, K: Any, V: Any, **other: Any) -> Any:
         names = ("ADT", "DT", "Trap", "Q_bias", "K_bias", "Angles", "D", "Z")
-        return kernel.apply(Q, K, V, *(other[name] for name in names), *[None] * 5, other["chunk_size"], False)
+        tensors = (Q, K, V, *(other[name] for name in names))
+        return kernel.apply(*(tensor.float() for tensor in tensors), *[None] * 5, other["chunk_size"], False)
 
     authors.mamba3_siso_combined = without_the_cast
+    kernels._authors_op = lambda: without_the_cast
     authors.RMSNormGated.forward = lambda self, x: norm.rms_norm_ref(x, self.weight, self.bias, eps=self.eps)
     return authors
 
@@ -98,6 +107,23 @@ def relative_error(authors: Any, s: int, groups: int, rotation: float) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+@torch.no_grad()
+def error_of_the_adapter(s: int, groups: int, rotation: float) -> float:
+    """On inputs that are bf16's, as it asks for; what the authors' op makes of them is fp32 here."""
+    sizes = {"b": 2, "H": HEADS, "P": HEAD_DIM, "G": groups, "N": STATE, "S": int(STATE * rotation) // 2}
+    inputs = cast(scan_inputs(s, **sizes), torch.float32)
+    rounded = {
+        name: getattr(inputs, name).bfloat16() for name in ("x", "z", "B", "C", "angle") if name in inputs.tensors()
+    }
+    found = kernels.mamba_ssm_scan(dataclasses.replace(inputs, **rounded), chunk_size=CHUNK)
+    assert found.dtype == torch.float32
+    wide = {name: tensor.double() for name, tensor in {**inputs.tensors(), **rounded}.items()}
+    wanted = chunked_scan(dataclasses.replace(inputs, **wide), chunk_size=CHUNK + 3)
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
 if __name__ == "__main__":
     authors = authors_module()
-    print(json.dumps([relative_error(authors, *case) for case in json.loads(sys.argv[1])]))
+    cases = json.loads(sys.argv[1])
+    modules = [relative_error(authors, *case) for case in cases if case[-1]]
+    print(json.dumps({"module": modules, "adapter": [error_of_the_adapter(*case) for case in cases]}))

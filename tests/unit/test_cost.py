@@ -103,11 +103,14 @@ def test_cuts_are_compared():
 
 # The sizes that the mixers' authors publish their counts for.
 AT_3584 = ("model.hidden_size=3584", "model.heads=56")
-M2RNN = "model.families.R={block: m2rnn, heads: 44, key_dim: 64, value_dim: 16, conv_kernel: 4, checkpoint_every: 64}"
+M2RNN = (
+    "model.families.R={block: m2rnn, heads: 44, key_dim: 64, value_dim: 16, conv_kernel: 4, checkpoint_every: 64, "
+    "kernel: torch}"
+)
 MAMBA2 = "model.families.M={block: mamba2, heads: 112, head_dim: 64, state_dim: 64, groups: 8}"
 MAMBA3 = (
     "model.families.M={block: mamba3, heads: 112, head_dim: 64, state_dim: 64, groups: 8, chunk_size: 64, "
-    "complex_rotation: false}"
+    "complex_rotation: false, mimo_rank: 1, kernel: torch}"
 )
 SPARSE = (
     "model.families.A.sparse={ranks: [0, 2], indexer_heads: 2, indexer_head_dim: 24, topk: 64, "
@@ -169,6 +172,9 @@ def test_recurrent_flops_by_hand():
     assert flops["M"].matrices == 3 * 2 * (15_696 * 3584 + 3584 * 7168)
     assert flops["M"].recurrence == 3 * 112 * (2 * 64 * (64 + 64) + 4 * 64 * 64)
     assert flops["M"].forward == flops["M"].matrices + flops["M"].recurrence
+    several = cost_with(*AT_3584, MAMBA3.replace("mimo_rank: 1", "mimo_rank: 4"), M2RNN).flops_by_family["M"]
+    assert several.matrices - flops["M"].matrices == 3 * 2 * 3 * (2 * 8 * 64) * 3584
+    assert several.recurrence == 3 * 112 * (16 * 2 * 64 * (64 + 64) + 4 * 4 * 64 * 64)
     # Upstream's figure for the scan.
     assert cost_with(*AT_3584, MAMBA2, "model.backend=te").flops_by_family["M"].recurrence == 3 * 7 * 112 * 64 * 64
 

@@ -3,7 +3,9 @@
 import pytest
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.activations import kept_by
+from megacpp_stp.plan.cost import cost_of
 from megacpp_stp.plan.footprint import footprints
 from megacpp_stp.plan.layers import layer_weights
 from megacpp_stp.plan.lowering import lower
@@ -176,7 +178,7 @@ def test_what_stays_fp32_in_a_bf16_model_has_no_copy():
     found = footprints_of(
         "training.precision=bf16",
         "model.families.M={block: mamba3, heads: 4, head_dim: 64, "
-        "state_dim: 16, groups: 2, chunk_size: 16, complex_rotation: false}",
+        "state_dim: 16, groups: 2, chunk_size: 16, complex_rotation: false, mimo_rank: 1, kernel: torch}",
     )["mamba3"]
     fp32 = 2 * 4 * 16 + 2 * 4
     assert found.weights == 2 * found.elements + 2 * fp32
@@ -210,3 +212,12 @@ def test_no_part_is_lost_or_doubled_by_virtual_stages():
     chosen = parts(recipe, lower(recipe, stages=recipe.parallel.stages))
     assert [part.layer for part in chosen if part.layer] == list(range(1, 13))
     assert (chosen[0].segment, chosen[-1].segment) == (0, 3)
+
+
+def test_fp8_weights_are_there_twice_more_and_only_of_the_named_families():
+    settings = ("training.fp8={format: hybrid, scaling: tensorwise, amax_history: null, families: [M]}",)
+    plain, fp8 = (cost_of(build_plan(load_recipe("nam56r", more), device="cuda")) for more in ((), settings))
+    products = sum(
+        weight.count for part in plain.parts if part.family == "M" for weight in part.weights if weight.is_matrix
+    )
+    assert rows_of(fp8)["weights"].bytes - rows_of(plain)["weights"].bytes == 2 * products

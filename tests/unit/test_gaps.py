@@ -9,8 +9,11 @@ from megacpp_stp.plan import build_plan
 from megacpp_stp.recipe import load_recipe
 
 MAMBA3 = "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 16, "
-MAMBA3 += "complex_rotation: false}"
-M2RNN = "model.families.R={block: m2rnn, heads: 4, key_dim: 16, value_dim: 8, conv_kernel: 4, checkpoint_every: 16}"
+MAMBA3 += "complex_rotation: false, mimo_rank: 1, kernel: torch}"
+M2RNN = (
+    "model.families.R={block: m2rnn, heads: 4, key_dim: 16, value_dim: 8, conv_kernel: 4, checkpoint_every: 16, "
+    "kernel: torch}"
+)
 SPARSE = (
     "model.families.A.sparse={ranks: [1, 2], indexer_heads: 2, indexer_head_dim: 32, topk: 16, "
     "kernel: upstream, loss: dense, loss_coeff: 0.01}"

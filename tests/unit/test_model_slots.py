@@ -12,7 +12,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.model import slots as module
+from megacpp_stp.model.m2rnn.kernels import xma_m2rnn_scan
 from megacpp_stp.model.m2rnn.mixer import M2RNNMixer
+from megacpp_stp.model.mamba3.kernels import mamba_ssm_scan
 from megacpp_stp.model.mamba3.mixer import Mamba3Mixer
 from megacpp_stp.model.norm import RMSNorm
 from megacpp_stp.model.slots import SlotLayer, SlotModules, Slots, add_slot_arguments
@@ -27,7 +29,8 @@ PATTERN = "+EM|EM-/+E"  # slots 3 and 5
 TORCH = SlotModules(norm=RMSNorm, in_proj=ColumnParallelLinear, out_proj=RowParallelLinear, normed_in_proj=None)
 FUSED = SlotModules(norm=RMSNorm, in_proj=ColumnParallelLinear, out_proj=RowParallelLinear, normed_in_proj=NormedLinear)
 SIZES = {"chunk-size": ("mamba3", 16), "heads": ("m2rnn", 2), "key-dim": ("m2rnn", 8), "value-dim": ("m2rnn", 4)}
-SIZES |= {"conv-kernel": ("m2rnn", 3), "checkpoint-every": ("m2rnn", 32)}
+SIZES |= {"conv-kernel": ("m2rnn", 3), "checkpoint-every": ("m2rnn", 32), "mimo-rank": ("mamba3", 2)}
+SCANS = {"mamba3": "mamba-ssm", "m2rnn": "xma"}
 
 
 def parsed(*argv: str, pattern: str = PATTERN, without: str = "") -> Namespace:
@@ -35,6 +38,9 @@ def parsed(*argv: str, pattern: str = PATTERN, without: str = "") -> Namespace:
     for name, (mixer, value) in SIZES.items():
         if name != without:
             tokens += [f"--nam-{mixer}-{name}", str(value)]
+    for mixer, kernel in SCANS.items():
+        if without != f"{mixer} kernel":
+            tokens += [f"--nam-{mixer}-kernel", kernel]
     args = add_slot_arguments(ArgumentParser()).parse_args(tokens)
     args.hybrid_layer_pattern = pattern
     return args
@@ -53,13 +59,14 @@ def test_each_slot_gets_the_mixer_that_its_number_asks_for():
         assert layer.submodules.norm is RMSNorm
         projections = layer.submodules.mixer.submodules
         assert (projections.in_proj, projections.out_proj) == (ColumnParallelLinear, RowParallelLinear)
-    assert first.params == {"chunk_size": 16, "rope_fraction": 0.0}
+    assert first.params == {"chunk_size": 16, "rope_fraction": 0.0, "mimo_rank": 2, "scan": mamba_ssm_scan}
     assert second.params == {
         "num_heads": 2,
         "key_dim": 8,
         "value_dim": 4,
         "conv_kernel": 3,
         "checkpoint_every": 32,
+        "scan": xma_m2rnn_scan,
     }
 
 
@@ -114,6 +121,8 @@ def test_a_slot_in_two_lists_is_named(more):
         ({"m2rnn": "0"}, "--nam-recurrent-layers", "layer 0 is not in the pattern, not a Mamba slot"),
         ({"without": "heads"}, "--nam-m2rnn-heads", "is needed by the layers that are listed"),
         ({"without": "chunk-size"}, "--nam-mamba3-chunk-size", "is needed by the layers that are listed"),
+        ({"without": "mamba3 kernel"}, "--nam-mamba3-kernel", "is needed by the layers that are listed"),
+        ({"without": "m2rnn kernel"}, "--nam-m2rnn-kernel", "is needed by the layers that are listed"),
     ],
 )
 def test_lists_that_do_not_fit_are_refused(changes, option, message):

@@ -34,7 +34,7 @@ SPARSE = (
 )
 MAMBA3 = (
     "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 16, "
-    "complex_rotation: false}"
+    "complex_rotation: false, mimo_rank: 1, kernel: torch}"
 )
 PREDICTION = "model.mtp={depths: 1, pattern: AE, loss_coeff: 0.3}"
 AUTO = ("parallel.stages=auto", "stp.taps=[12]")

@@ -1,16 +1,18 @@
 """The Mamba-3 mixer that Megatron's MambaLayer hosts, on plain torch.
 
-Source: ``mamba_ssm/modules/mamba3.py`` of state-spaces/mamba, single input and single output, without a norm before
-the output projection.  Parameters have its names; the rows that make rotation rates are a projection of their own,
-since they are the one part that tensor parallelism does not cut.
+Source: ``mamba_ssm/modules/mamba3.py`` of state-spaces/mamba, single or multiple inputs and outputs of a head, without
+a norm before the output projection.  Parameters have its names; the rows that make rotation rates are a projection of
+their own, since they are the one part that tensor parallelism does not cut, and the rows of B and C lie group by group
+instead of input by input, so that it can cut them.
 
-Legend: s sequence, b batch, h hidden, H heads, P channels of a head, G groups, N state channels, S rotated pairs, T
-tensor-parallel size; H and G are of the whole layer.
+Legend: s sequence, b batch, h hidden, H heads, P channels of a head, G groups, N state channels, S rotated pairs, R
+inputs and outputs of a head at each step, T tensor-parallel size; H and G are of the whole layer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -53,9 +55,11 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
     gradients of the norms come out summed over the ranks, angle_proj's as Megatron expects of a weight marked
     ``sequence_parallel`` under sequence parallelism, and whole without it.
 
-    dt_bias, B_bias, C_bias and D are fp32 and stay so when the model is cast (`KeepsFp32`).
+    dt_bias, B_bias, C_bias, D, and with R > 1 mimo_x, mimo_z and mimo_o are fp32 and stay so when the model is cast
+    (`KeepsFp32`).  B_bias and C_bias are [H, N], or [H, R, N] with R > 1, and mimo_x, mimo_z, mimo_o [H, R, P].
 
-    Initial values are upstream's: B_bias, C_bias, D and the norms 1, softplus(dt_bias) log-uniform in [0.001, 0.1].
+    Initial values are upstream's: B_bias, C_bias, D, mimo_z and the norms 1, mimo_x and mimo_o 1 / R, softplus(dt_bias)
+    log-uniform in [0.001, 0.1].
     The projections take the configuration's ``init_method`` and ``output_layer_init_method``, as Megatron's own mixer
     does.
 
@@ -66,6 +70,8 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
         d_model: h.
         chunk_size: Steps of a chunk of the scan; changes speed and memory, not the result.
         rope_fraction: Share of the state channels that rotate: 0 for none, 0.5 or 1 as upstream.
+        mimo_rank: R; 1 for SISO.
+        scan: Computes the recurrence; with the arguments of `chunked_scan`.
         layer_number: Of the layer, counted from 1 through all stages.
         pg_collection: Process groups; tp and cp are needed.
         pp_layer_offset: Unused; part of the contract.
@@ -75,7 +81,7 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
         BuildError: Sizes that do not fit or divide, context parallelism, or an option that would be ignored.
     """
 
-    fp32_parameters = ("dt_bias", "B_bias", "C_bias", "D")
+    fp32_parameters: tuple[str, ...] = ("dt_bias", "B_bias", "C_bias", "D")
 
     def __init__(
         self,
@@ -85,6 +91,8 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
         *,
         chunk_size: int = CHUNK_SIZE,
         rope_fraction: float = 0.0,
+        mimo_rank: int = 1,
+        scan: Callable[..., Tensor] = chunked_scan,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
@@ -96,8 +104,10 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
         submodules = submodules or MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
         d_model = config.hidden_size if d_model is None else d_model
         self.tp_group = pg_collection.tp
-        self.sizes = Mamba3Sizes.of(config, rope_fraction=rope_fraction, tensor_parallel=self.tp_group.size())
-        self.chunk_size = chunk_size
+        self.sizes = Mamba3Sizes.of(
+            config, rope_fraction=rope_fraction, mimo_rank=mimo_rank, tensor_parallel=self.tp_group.size()
+        )
+        self.chunk_size, self.scan = chunk_size, scan
         self.layer_number = layer_number
         self.sequence_parallel = config.sequence_parallel and self.tp_group.size() > 1
 
@@ -114,10 +124,21 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
 
     def _create_small_parameters(self, config: TransformerConfig, d_model: int) -> None:
         sizes = self.sizes
-        self.dt_bias = self._of_my_heads(_initial_dt_bias(sizes.heads * self.tp_group.size()))
-        self.B_bias = self._of_my_heads(torch.ones(sizes.heads * self.tp_group.size(), sizes.state))
-        self.C_bias = self._of_my_heads(torch.ones(sizes.heads * self.tp_group.size(), sizes.state))
-        self.D = self._of_my_heads(torch.ones(sizes.heads * self.tp_group.size()))
+        heads = sizes.heads * self.tp_group.size()
+        biases = (heads, sizes.state) if sizes.rank == 1 else (heads, sizes.rank, sizes.state)
+        self.dt_bias = self._of_my_heads(_initial_dt_bias(heads))
+        self.B_bias = self._of_my_heads(torch.ones(biases))
+        self.C_bias = self._of_my_heads(torch.ones(biases))
+        self.D = self._of_my_heads(torch.ones(heads))
+        self.mimo_x: torch.nn.Parameter | None = None
+        self.mimo_z: torch.nn.Parameter | None = None
+        self.mimo_o: torch.nn.Parameter | None = None
+        if sizes.rank > 1:
+            ones = torch.ones(heads, sizes.rank, sizes.head_dim)
+            self.mimo_x = self._of_my_heads(ones / sizes.rank)
+            self.mimo_z = self._of_my_heads(ones)
+            self.mimo_o = self._of_my_heads(ones / sizes.rank)
+            self.fp32_parameters = (*self.fp32_parameters, "mimo_x", "mimo_z", "mimo_o")
         self.B_norm = StateNorm(sizes.state, dtype=config.params_dtype, tp_group=self.tp_group)
         self.C_norm = StateNorm(sizes.state, dtype=config.params_dtype, tp_group=self.tp_group)
         self.angle_proj = None
@@ -156,7 +177,7 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
             raise UserError("Mamba-3 has no packed sequences", fix="train on unpacked samples")
         projected, _ = self.in_proj(hidden_states)
         inputs = self._scan_inputs(projected, self._angle(hidden_states))
-        y = chunked_scan(inputs, chunk_size=self.chunk_size)
+        y = self.scan(inputs, chunk_size=self.chunk_size)
         out, _ = self.out_proj(y.flatten(2))
         return out, None
 
@@ -167,11 +188,12 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
         part = dict(zip(sizes.parts, projected.split(list(sizes.parts.values()), dim=-1), strict=True))
         dt = softplus(part["dt"].to(dtype) + self.dt_bias.to(dtype))
         A = torch.clamp(-softplus(part["A"].to(dtype)), max=-DECAY_FLOOR)
+        keys = (sizes.groups, sizes.state) if sizes.rank == 1 else (sizes.groups, sizes.rank, sizes.state)
         return ScanInputs(
             x=part["x"].unflatten(-1, (sizes.heads, sizes.head_dim)),
             z=part["z"].unflatten(-1, (sizes.heads, sizes.head_dim)),
-            B=self.B_norm(part["B"].unflatten(-1, (sizes.groups, sizes.state))),
-            C=self.C_norm(part["C"].unflatten(-1, (sizes.groups, sizes.state))),
+            B=self.B_norm(part["B"].unflatten(-1, keys)),
+            C=self.C_norm(part["C"].unflatten(-1, keys)),
             dt=dt,
             log_decay=A * dt,
             trap=torch.sigmoid(part["trap"].to(dtype)),
@@ -179,6 +201,9 @@ class Mamba3Mixer(KeepsFp32, MegatronModule):
             C_bias=self.C_bias,
             D=self.D,
             angle=angle,
+            mimo_x=self.mimo_x,
+            mimo_z=self.mimo_z,
+            mimo_o=self.mimo_o,
         )
 
     def _angle(self, hidden_states: Tensor) -> Tensor | None:

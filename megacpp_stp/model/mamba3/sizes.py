@@ -1,6 +1,7 @@
 """The sizes of a Mamba-3 layer on one tensor-parallel rank, and what the mixer refuses.
 
-Legend: H heads, P channels of a head, G groups, N state channels, S rotated pairs, T tensor-parallel size.
+Legend: H heads, P channels of a head, G groups, N state channels, S rotated pairs, R inputs and outputs of a head at
+each step (MIMO), T tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Mamba3Sizes:
         groups: G / T.
         state: N.
         pairs: S, 0 without rotation.
+        rank: R.
     """
 
     heads: int
@@ -33,14 +35,16 @@ class Mamba3Sizes:
     groups: int
     state: int
     pairs: int
+    rank: int
 
     @classmethod
-    def of(cls, config: TransformerConfig, *, rope_fraction: float, tensor_parallel: int) -> Self:
+    def of(cls, config: TransformerConfig, *, rope_fraction: float, mimo_rank: int, tensor_parallel: int) -> Self:
         """The sizes that the configuration asks for, on one of `tensor_parallel` ranks.
 
         Args:
             config: Megatron's configuration.
             rope_fraction: Share of the state channels that rotate: 0, 0.5 or 1.
+            mimo_rank: R.
             tensor_parallel: T.
 
         Raises:
@@ -48,6 +52,7 @@ class Mamba3Sizes:
         """
         heads, groups, state = config.mamba_num_heads, config.mamba_num_groups, config.mamba_state_dim
         sizes = {
+            "mimo_rank": mimo_rank,
             "--mamba-num-heads": heads,
             "--mamba-head-dim": config.mamba_head_dim,
             "--mamba-num-groups": groups,
@@ -76,15 +81,17 @@ class Mamba3Sizes:
             groups=groups // tensor_parallel,
             state=state,
             pairs=_rotated_pairs(state, rope_fraction),
+            rank=mimo_rank,
         )
 
     @property
     def parts(self) -> dict[str, int]:
         """Rows of in_proj on this rank, part by part, in order.
 
-        z gate, x input, B and C key and query, dt step, A decay, trap weight of the trapezoidal rule.
+        z gate, x input, B and C key and query, dt step, A decay, trap weight of the trapezoidal rule. B and C have
+        their R vectors group by group, so that a rank has all of its groups.
         """
-        inner, keys = self.heads * self.head_dim, self.groups * self.state
+        inner, keys = self.heads * self.head_dim, self.groups * self.rank * self.state
         return {
             "z": inner,
             "x": inner,

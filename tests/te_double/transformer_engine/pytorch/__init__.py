@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, pad, rms_norm, scaled_dot_product_attention
 from transformer_engine.pytorch import distributed, fp8
+from transformer_engine.pytorch.fp8 import fp8_autocast
 
 __all__ = ["DotProductAttention", "GroupedLinear", "LayerNorm", "LayerNormLinear", "Linear", "RMSNorm"]
-__all__ += ["distributed", "fp8"]
+__all__ += ["Fp8Padding", "Fp8Unpadding", "distributed", "fp8", "fp8_autocast"]
 
 
 class _Stateful(torch.nn.Module):
@@ -39,6 +40,7 @@ class _Linear(_Stateful):
         elif parallel_mode == "row":
             self.in_features //= tp_size
         self.tp_size, self.parallel_mode = tp_size, parallel_mode
+        self.save_original_input = False  # Megatron sets it where another product reads the same input
         self._names = ["weight"] if numbered is None else [f"weight{number}" for number in range(numbered)]
 
     def _fill(self, init_method: Callable[[Tensor], object] | None, dtype: torch.dtype | None, device: object) -> None:
@@ -53,8 +55,12 @@ class _Linear(_Stateful):
             weight.tensor_model_parallel = True  # as the real one marks it in every mode
             weight.partition_dim, weight.partition_stride = (1 if self.parallel_mode == "row" else 0), 1
 
-    def _alone(self) -> None:
+    def _computes(self, rows: Tensor) -> None:
+        """Before each product: what fp8 asks of its sizes, and in which region it is."""
         assert self.tp_size == 1, "the double computes on one rank"
+        self.recipe = fp8.FP8GlobalStateManager.recipes[-1] if fp8.FP8GlobalStateManager.recipes else None
+        if self.recipe is not None:  # as the real one, and both products of backward
+            assert self.in_features % 16 == self.out_features % 16 == rows.shape[:-1].numel() % 16 == 0
 
 
 class Linear(_Linear):
@@ -83,7 +89,7 @@ class Linear(_Linear):
         self._fill(init_method, params_dtype, device)
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
-        self._alone()
+        self._computes(inp)
         return linear(inp, self.weight)
 
 
@@ -121,7 +127,7 @@ class LayerNormLinear(_Linear):
         self._fill(init_method, params_dtype, device)
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
-        self._alone()
+        self._computes(inp)
         return linear(_rms(inp, self.layer_norm_weight, self.eps), self.weight)
 
 
@@ -159,9 +165,30 @@ class GroupedLinear(_Linear):
         self._fill(init_method, params_dtype, device)
 
     def forward(self, inp: Tensor, m_splits: Sequence[int], is_first_microbatch: bool | None = None) -> Tensor:
-        self._alone()
+        self._computes(inp)
         groups = zip(inp.split([int(rows) for rows in m_splits]), self._names, strict=True)
         return torch.cat([linear(rows, self.get_parameter(name)) for rows, name in groups])
+
+
+class Fp8Padding(torch.nn.Module):
+    """Rows of zeros after each group, up to a size that fp8 has products for."""
+
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
+        super().__init__()
+        self.align_size = align_size or 16
+
+    def forward(self, inp: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
+        sizes = [-rows % self.align_size + rows for rows in m_splits]
+        groups = zip(inp.split(m_splits), sizes, strict=True)
+        return torch.cat([pad(rows, (0, 0, 0, size - rows.shape[0])) for rows, size in groups]), sizes
+
+
+class Fp8Unpadding(Fp8Padding):
+    """And off again."""
+
+    def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
+        sizes = [-rows % self.align_size + rows for rows in m_splits]
+        return torch.cat([rows[:size] for rows, size in zip(inp.split(sizes), m_splits, strict=True)])
 
 
 class _Norm(_Stateful):

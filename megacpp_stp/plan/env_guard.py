@@ -1,0 +1,84 @@
+"""What the shell has set already: refused where it would change a run behind its plan, recorded where it may stay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.plan.env import FIELD, EnvVar
+from megacpp_stp.recipe.schema import Recipe
+
+# Variables that change what Megatron, Transformer Engine, torch, NCCL, Triton or a math library computes or how.
+_WATCHED = re.compile(
+    r"(NVTE|NCCL|TORCH|TORCHINDUCTOR|TORCHDYNAMO|TORCHELASTIC|PYTORCH|PET|GLOO|TRITON|CUBLAS|CUBLASLT|CUDNN|MAMBA"
+    r"|CAUSAL_CONV1D|FLASH_ATTENTION|MEGATRON|NVSHMEM|OMP|MKL|KMP)_\w+"
+    r"|CUDA_LAUNCH_BLOCKING|CUDA_DEVICE_MAX_CONNECTIONS|NVIDIA_TF32_OVERRIDE|FP4_RECIPE|PYTHON_EXEC|PYTHONOPTIMIZE"
+)
+# Of those: what was built and where it lies, and what is printed.
+_HARMLESS = re.compile(
+    r"\w+_(VERSION|BUILD_NUMBER|BUILD_SHA|BUILD_VERSION|ARCH_LIST|HOME|PATH|CACHE_DIR|EXTENSIONS_DIR)"
+    r"|TORCH_(LOGS|CPP_LOG_LEVEL|SHOW_CPP_STACKTRACES)|NCCL_DEBUG(_FILE|_SUBSYS)?|MEGATRON_LOGGING_LEVEL"
+)
+# The network of a machine: what no recipe can know, and what every machine may differ in.
+_NETWORK = re.compile(
+    r"GLOO_SOCKET_IFNAME|NCCL_(SOCKET_(IFNAME|FAMILY)|IB_(HCA|GID_INDEX|SL|TC|TIMEOUT|RETRY_CNT|DISABLE|CUDA_SUPPORT)"
+    r"|NET|NET_PLUGIN|NET_GDR_LEVEL|TOPO_FILE|CROSS_NIC)"
+)
+_RECORDED = ("CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE", "NCCL_DEBUG", "WORLD_SIZE")
+_A_PLACE = re.compile(r"(^|[:=,])[/~]")
+
+
+def check_environment(variables: Iterable[EnvVar], recipe: Recipe, found: Mapping[str, str]) -> None:
+    """Refuse what a shell has set against a plan, or beside it.
+
+    Args:
+        variables: The plan's and the run's.
+        recipe: The plan's recipe; what its ``launch.environment`` names is allowed.
+        found: The environment of the launcher.
+
+    Raises:
+        UserError: The first finding, with all others in its message.
+    """
+    findings = list(_findings({variable.name: variable for variable in variables}, recipe, found))
+    if not findings:
+        return
+    (name, problem, fix), *rest = findings
+    more = "".join(f"\n  also: {other}: {what}" for other, what, _ in rest)
+    raise UserError(problem, field=name, fix=fix + more)
+
+
+def _findings(
+    variables: Mapping[str, EnvVar], recipe: Recipe, found: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    for name in sorted(found):
+        value, known = found[name], variables.get(name)
+        if known is not None:
+            if value != known.value and not known.replaces:
+                allow = "" if known.fixed else f", or allow it in the recipe: {FIELD}: {{{name}: null}}"
+                yield (
+                    name,
+                    f"is set to {value!r}, but the run needs {known.value!r}: {known.why}",
+                    f"unset {name}{allow}",
+                )
+        elif _is_watched(name) and name not in recipe.launch.environment:
+            problem = f"is set to {value!r}, changes how a run computes, and is not in the plan"
+            yield name, problem, f"unset {name}, or say in the recipe: {FIELD}: {{{name}: VALUE, or null to leave it}}"
+
+
+def _is_watched(name: str) -> bool:
+    return bool(_WATCHED.fullmatch(name)) and not _HARMLESS.fullmatch(name) and not _NETWORK.fullmatch(name)
+
+
+def recorded_environment(plan: Mapping[str, object], found: Mapping[str, str]) -> dict[str, str]:
+    """What a run directory keeps of a rank's environment: an allow-list, without places of the machine.
+
+    Args:
+        plan: The plan as plain data; its variables, and those that its recipe leaves to the machine.
+        found: The environment of the rank.
+    """
+    recipe, planned = plan["recipe"], plan["env"]
+    assert isinstance(recipe, Mapping) and isinstance(planned, Mapping)
+    names = {*_RECORDED, *planned, *recipe["launch"]["environment"], *filter(_NETWORK.fullmatch, found)}
+    kept = {name: found[name] for name in sorted(names) if name in found}
+    return {name: "(a place)" if _A_PLACE.search(value) else value for name, value in kept.items()}
