@@ -13,23 +13,21 @@ Legend: s sequence, b batch.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from megacpp_stp.bench.peak import CpuPeak, GpuPeak
+from megacpp_stp.bench.world import one_process_world
 from megacpp_stp.errors import UserError
 
 Kernel = Literal["upstream", "chunked"]
@@ -197,31 +195,11 @@ def main(arguments: str) -> None:
     settings = json.loads(arguments)
     kernel, rounds = settings.pop("kernel"), settings.pop("rounds")
     case = Case(**settings)
-    with _world(case.device):
+    with one_process_world(case.device):
         layer = _layer(case, kernel)
         _pass(layer, case, _WARM_UP)
         found = [_pass(layer, case, case.sequence) for _ in range(rounds)]
     print(json.dumps({"seconds": [one[0] for one in found], "peak_bytes": max(one[1] for one in found)}))
-
-
-@contextmanager
-def _world(device: str) -> Iterator[None]:
-    """Megatron's process groups, of this process alone."""
-    import torch
-
-    from megacpp_stp.training.cpu_backend import install
-
-    with install() if device == "cpu" else nullcontext(), tempfile.TemporaryDirectory() as directory:
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-        backend = "gloo" if device == "cpu" else "nccl"
-        rendezvous = (Path(directory) / "rendezvous").as_uri()
-        torch.distributed.init_process_group(backend, init_method=rendezvous, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
-        yield
-        torch.distributed.destroy_process_group()
 
 
 def _layer(case: Case, kernel: Kernel) -> Any:
@@ -301,47 +279,12 @@ def _pass(layer: Any, case: Case, s: int) -> tuple[float, int]:
         torch.randn(s, case.batch, width, generator=random).to(device=case.device, dtype=dtype) for _ in range(2)
     )
     hidden.requires_grad_()
-    gc.collect()
-    peak = _GpuPeak() if case.device == "cuda" else _CpuPeak()
+    peak = GpuPeak() if case.device == "cuda" else CpuPeak()
     start = time.perf_counter()
     output, _ = layer(hidden, attention_mask=None)
     torch.autograd.backward(output, cotangent)
     added = peak.added_bytes()  # waits for the GPU
     return time.perf_counter() - start, added
-
-
-class _CpuPeak:
-    """Resident size of this process: from now on, its highest value above the present one."""
-
-    def __init__(self) -> None:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, to be counted again
-        Path("/proc/self/clear_refs").write_text("5")
-        self._before = self._kib("VmRSS:")
-
-    def added_bytes(self) -> int:
-        return 1024 * (self._kib("VmHWM:") - self._before)
-
-    @staticmethod
-    def _kib(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-class _GpuPeak:
-    """What torch's allocator hands out: from now on, its highest value above the present one."""
-
-    def __init__(self) -> None:
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self._before = torch.cuda.memory_allocated()
-
-    def added_bytes(self) -> int:
-        import torch
-
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - self._before
 
 
 if __name__ == "__main__":

@@ -15,16 +15,15 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 from megacpp_stp.bench.peak import CpuPeak, GpuPeak
+from megacpp_stp.bench.world import one_process_world
 from megacpp_stp.errors import UserError
 
 Side = Literal["megatron", "fused"]
@@ -218,7 +217,7 @@ def main(arguments: str) -> None:
     case = Case(**settings)
     if threads:
         torch.set_num_threads(threads)
-    with _world(case.device):
+    with one_process_world(case.device):
         inputs = _inputs(case)
         passes = {side: _pass_of(case, side, inputs) for side in sides}
         for run in passes.values():
@@ -292,24 +291,6 @@ def _inputs(case: Case) -> Any:
     shape, device = (case.tokens, 1), case.device
     hidden = torch.randn(*shape, case.hidden, dtype=dtype, device=device)
     return layer, hidden, torch.randint(case.vocabulary, shape, device=device), torch.rand(*shape, device=device)
-
-
-@contextmanager
-def _world(device: str) -> Iterator[None]:
-    """Megatron's process groups, of this process alone."""
-    import torch
-
-    from megacpp_stp.training.cpu_backend import install
-
-    with install() if device == "cpu" else nullcontext(), tempfile.TemporaryDirectory() as directory:
-        from megatron.core import parallel_state
-
-        backend = "gloo" if device == "cpu" else "nccl"
-        rendezvous = (Path(directory) / "rendezvous").as_uri()
-        torch.distributed.init_process_group(backend, init_method=rendezvous, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        yield
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megacpp_stp.cli.bench_flce import flce_command
+from megacpp_stp.cli.bench_model import model_command
 from megacpp_stp.cli.options import Device, DeviceOption, Form, FormOption, console, print_json
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.command("flce")(flce_command)
+app.command("model")(model_command)
 
 
 @app.callback()
