@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from megacpp_stp.cli.options import Form, FormOption, console, print_json
+from megacpp_stp.cli.runs_report import report_command
+from megacpp_stp.cli.runs_watch import watch_command
 
 app = typer.Typer(help="Look at what runs left, and compare it.", no_args_is_help=True)
 
@@ -86,6 +88,10 @@ def compare_command(
         print_json(comparison.as_dict())
     else:
         print_comparison(comparison, console())
+
+
+app.command("report")(report_command)
+app.command("watch")(watch_command)
 
 
 @app.command("invalidate")

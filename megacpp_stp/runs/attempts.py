@@ -16,12 +16,14 @@ from typing import Any
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import plan_digest
 from megacpp_stp.plan.changes import check_changes
+from megacpp_stp.recipe import restore_recipe
 from megacpp_stp.runs.checkpoints import CHECKPOINTS, latest_checkpoint, settle_checkpoints
-from megacpp_stp.runs.files import ENV, EXIT, METRICS, PATCHES, PLAN, RECEIPT, read_json, write_json
+from megacpp_stp.runs.files import ENV, EXIT, METRICS, PATCHES, PLAN, RANKS, RECEIPT, read_json, write_json
 from megacpp_stp.runs.metrics import read_metrics
 from megacpp_stp.runs.receipt import Receipt, plan_facts, read_receipt
+from megacpp_stp.runs.sides import check_plan
 
-_REWRITTEN = (ENV, EXIT, PATCHES)  # by the next attempt
+_REWRITTEN = (ENV, EXIT, PATCHES, RANKS)  # by the next attempt
 
 
 def read_run_plan(directory: Path) -> dict[str, Any]:
@@ -37,6 +39,10 @@ def read_run_plan(directory: Path) -> dict[str, Any]:
         raise UserError(
             "does not match its own digest: it was edited", field=str(directory / PLAN), fix="start a new run"
         )
+    check_plan(plan, given=str(directory), path=directory / PLAN)
+    if plan["device"] not in ("cpu", "cuda"):
+        raise UserError("names no device", field=str(directory / PLAN), fix="start a new run")
+    restore_recipe(plan["recipe"])  # or says what is wrong with it
     return plan
 
 
@@ -100,7 +106,8 @@ def rewind(directory: Path, plan: Mapping[str, Any], *, iteration: int) -> None:
     aside = _new_folder(directory, receipt.attempts)
     for name in (PLAN, RECEIPT):
         shutil.copyfile(directory / name, aside / name)
-    for path in (*(directory / name for name in _REWRITTEN), *directory.glob("error-*.json")):
+    told = (path for pattern in ("error-*.json", "hang*.*") for path in directory.glob(pattern))
+    for path in (*(directory / name for name in _REWRITTEN), *told):
         if path.exists():
             os.rename(path, aside / path.name)
     cut_metrics(directory / METRICS, iteration=iteration, aside=aside / METRICS)

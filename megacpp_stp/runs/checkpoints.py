@@ -7,12 +7,12 @@ leave either of them empty.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
-from megacpp_stp.runs.files import write_text
+from megacpp_stp.errors import UserError
+from megacpp_stp.runs.files import read_json, write_text
 
 CHECKPOINTS = "checkpoints"
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -57,9 +57,10 @@ def _folders(directory: Path) -> dict[int, Path]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        return isinstance(json.loads((path / _LAST_FILE).read_bytes()), dict)
-    except (OSError, ValueError):
+        read_json(path / _LAST_FILE)
+    except UserError:
         return False
+    return True
 
 
 def _move(path: Path, aside: Path) -> None:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.facts import value_at
 from megacpp_stp.runs.arms import Arm, Pairing, make_arms, pair_seeds
 from megacpp_stp.runs.bootstrap import FEWEST_SEEDS, Interval, block_interval, seed_interval
+from megacpp_stp.runs.files import shown
 from megacpp_stp.runs.likeness import Likeness, likeness
 from megacpp_stp.runs.recorded import RecordedRun, read_run
 from megacpp_stp.runs.window import Wanted, Window, choose_window, require_live
 
 COMPARE_FORMAT = 1
-_HIGHER_IS_BETTER = ("tokens_per_s",)
+_HIGHER_IS_BETTER = ("tokens_per_s", "tflops_per_gpu", "mfu", "goodput")
 _LOWER_IS_BETTER = ("lm_loss", "bits_per_byte", "stp_loss", "stp_weighted", "stp_loss_by_tap", "step_time_s")
 _MOST_NAMED = 6
 
@@ -345,6 +347,9 @@ def _notes(
     seeds = [len(pairing.pairs) for pairing in pairings]
     if min(seeds) < FEWEST_SEEDS:
         yield "an interval over iterations says nothing of other seeds; name three or more of each arm for that"
+    codes = [value_at(run.receipt, ["code", "sha256"]) for run in used]
+    if any(code != codes[0] for code in codes):
+        yield f"not the same code of megacpp-stp: {', '.join(map(_code_words, used))}"
     for run in used:
         if not run.is_complete:
             yield f"{run.name} is incomplete: {run.receipt['reason'] or 'it does not say why'}"
@@ -355,6 +360,14 @@ def _notes(
         missing = sum(1 for i in _iterations(run, window) if i not in values[run])
         if missing:
             yield f"{run.name} has no value in {counted(missing)} of the window: left out"
+
+
+def _code_words(run: RecordedRun) -> str:
+    commit, content = (value_at(run.receipt, ["code", name]) for name in ("commit", "sha256"))
+    if not isinstance(commit, str):
+        return f"{run.name} {shown(content)[:12] if isinstance(content, str) else 'does not say'}"
+    changed = " and changes" if value_at(run.receipt, ["code", "modified"]) else ""
+    return f"{run.name} commit {shown(commit)[:12]}{changed}"
 
 
 def _iterations(run: RecordedRun, window: Window) -> list[int]:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.facts import value_at
 from megacpp_stp.runs.compare import read_runs
 from megacpp_stp.runs.recorded import RecordedRun, Scalar, flat
 from megacpp_stp.runs.window import Wanted
 
 EQUALITY_FORMAT = 1
 # They say how fast a machine was, not what was computed.
-OF_THE_MACHINE = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
-WEIGHTS = "weights_sha256"  # in a receipt: of the weights after the last iteration
+OF_THE_MACHINE = ("step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "goodput", "peak_memory_bytes")
+WEIGHTS = "weights_sha256"  # in a receipt: of the weights after the last iteration, as the layout cuts them
+_CUT = ("pattern", "megatron")  # with the bars between pipeline stages
 _MEASURED = "stp_"
 _VALIDATED = ("lm_loss", "bits_per_byte", "again lm_loss", "again bits_per_byte")
 _ABSENT = "(nothing)"
@@ -98,7 +100,8 @@ def _compare(a: RecordedRun, b: RecordedRun, window: Wanted | None) -> Equality:
     names = sorted((known[0] | known[1]) - alone - set(OF_THE_MACHINE), key=lambda name: (name != "lm_loss", name))
     validations = [_validations(run, window) for run in (a, b)]
     weights = [run.receipt.get(WEIGHTS) for run in (a, b)]
-    both_weights = window is None and all(isinstance(value, str) for value in weights)
+    why_not = _why_no_weights(a, b)
+    both_weights = window is None and why_not is None
     found = _first(records, names, at="") or _first(validations, _VALIDATED, at="validation ")
     if found is None and both_weights and weights[0] != weights[1]:
         found = FirstDifference(iteration=None, name=WEIGHTS, a=weights[0], b=weights[1], names=1)
@@ -110,7 +113,7 @@ def _compare(a: RecordedRun, b: RecordedRun, window: Wanted | None) -> Equality:
         names=tuple(names),
         validations=len(validations[0]),
         weights=both_weights,
-        not_compared=tuple(_not_compared(a, b, alone, weights=both_weights or window is not None)),
+        not_compared=tuple(_not_compared(a, b, alone, no_weights=None if window is not None else why_not)),
     )
 
 
@@ -156,13 +159,21 @@ def _same(a: Mapping[str, Scalar], b: Mapping[str, Scalar], name: str) -> bool:
     return repr(a.get(name, _ABSENT)) == repr(b.get(name, _ABSENT))
 
 
-def _not_compared(a: RecordedRun, b: RecordedRun, alone: set[str], *, weights: bool) -> Iterator[str]:
+def _why_no_weights(a: RecordedRun, b: RecordedRun) -> str | None:
+    """Why the final weights cannot be compared; None where they can."""
+    if not all(isinstance(run.receipt.get(WEIGHTS), str) for run in (a, b)):
+        return "not both receipts have a hash of them"
+    cuts = [(run.receipt.get("topology"), value_at(run.receipt, _CUT)) for run in (a, b)]
+    return None if cuts[0] == cuts[1] else "the layouts cut the model into other parts, which are what is hashed"
+
+
+def _not_compared(a: RecordedRun, b: RecordedRun, alone: set[str], *, no_weights: str | None) -> Iterator[str]:
     yield f"{', '.join(OF_THE_MACHINE)}: of the machine"
     if alone:
         heads = sorted({name.partition(".")[0] for name in alone})
         yield f"{', '.join(heads)}: measured by one run only"
-    if not weights:
-        yield "the final weights: the receipts have no hash of them"
+    if no_weights is not None:
+        yield f"the final weights: {no_weights}"
     for run in (a, b):
         if not run.is_complete:
             yield f"what {run.name} did not do: it is incomplete"

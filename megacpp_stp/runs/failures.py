@@ -2,33 +2,90 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.files import read_json, write_json
+from megacpp_stp.runs.hangs import KIND as HUNG
+from megacpp_stp.runs.hangs import hang_text, ranks_text
 
+NONFINITE = "nonfinite"  # of a failure, in receipts and error files
+CAUSES = ("lm_loss", "stp_loss", "gradient")  # of it, as they follow from one another
 _PATTERN = "error-*.json"
 
 
 def report_failure(directory: Path, *, rank: int, error: BaseException) -> None:
     """Write down what ended one rank. When even that fails, the launcher still has the exit status."""
-    kind = "user" if isinstance(error, UserError) else "crash"
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    content = {"rank": rank, "kind": kind, "reason": text, "time": time.time()}
+    content = {
+        "rank": rank,
+        "kind": kind_of(error),
+        "reason": text_of(error),
+        "time": time.time(),
+        "logs": _logs(directory),
+        "cause": getattr(error, "cause", None),
+        "agreed": getattr(error, "agreed", False),
+    }
     try:
         write_json(directory / f"error-{rank}.json", content)
     except OSError:
         return
 
 
+def kind_of(error: BaseException) -> str:
+    """``user`` for a mistake that the user can mend; what the error says of itself, as ``nonfinite`` or ``hang``; else
+    ``crash``."""
+    return "user" if isinstance(error, UserError) else str(getattr(error, "kind", "crash"))
+
+
+def text_of(error: BaseException) -> str:
+    """What it says, with its type unless that says nothing more."""
+    return f"{type(error).__name__}: {error}" if kind_of(error) == "crash" else str(error)
+
+
+def _logs(directory: Path) -> str | None:
+    """The folder with this rank's output, from the run directory; torchrun names a file in it."""
+    told = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    try:
+        return str(Path(told).resolve().parent.relative_to(directory.resolve())) if told else None
+    except ValueError:
+        return None
+
+
 def first_failure(directory: Path) -> dict[str, Any] | None:
-    """The earliest failure: the others are mostly its consequences. None when no rank wrote one."""
+    """The earliest failure: the others are mostly its consequences. None when no rank wrote one.
+
+    Its ``text`` is for people: with the rank, or, of a run that hung, with what all ranks said.
+    """
     found = []
     for path in sorted(directory.glob(_PATTERN)):
         try:
             found.append(read_json(path))
         except UserError:
             continue  # a rank that was killed while it wrote
-    return min(found, key=lambda failure: (failure["kind"] != "user", failure["time"]), default=None)
+    first = min(found, key=lambda failure: (failure["kind"] != "user", failure["time"]), default=None)
+    if first is None:
+        return None
+    if first["kind"] == NONFINITE:
+        return _with_others(found)
+    text = hang_text(directory) if first["kind"] == HUNG else None
+    return {**first, "text": text or f"rank {first['rank']}: {first['reason']}"}
+
+
+def _with_others(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was not finite first, by cause: a loss spoils its gradients. The other ranks that saw it are named."""
+    seen = [failure for failure in found if failure["kind"] == NONFINITE]
+    first = min(seen, key=lambda failure: (_by_cause(failure), failure["time"]))
+    if first.get("agreed"):  # by all ranks, in words that name those that saw it
+        return {**first, "text": first["reason"]}
+    others = [failure["rank"] for failure in seen if failure is not first]
+    more = f"; {ranks_text(others)} too" if others else ""
+    reason = first["reason"] + more
+    return {**first, "reason": reason, "text": f"rank {first['rank']}: {reason}"}
+
+
+def _by_cause(failure: dict[str, Any]) -> int:
+    cause = failure.get("cause")
+    return CAUSES.index(cause) if cause in CAUSES else len(CAUSES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ PLAN = "plan.json"
 RECEIPT = "receipt.json"
 METRICS = "metrics.jsonl"
 PATCHES = "patches.json"
+RANKS = "ranks.json"
 ENV = "env.json"
 EXIT = "exit.json"
 
@@ -48,7 +50,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     fix = "name a run directory, or one of its files"
     try:
-        with open(path, "rb") as handle:
+        # Opening a pipe would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as handle:
+            if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+                raise UserError("is no regular file", field=shown(path), fix="is this a run directory?")
             content = handle.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise UserError("is larger than any file of a run", field=shown(path), fix=fix)

@@ -50,6 +50,13 @@ class Gate:
             return DORMANT
         return ACTIVE if iteration >= self.first_active else WARMING
 
+    def windows(self, iterations: int) -> dict[str, list[int] | None]:
+        """First and last iteration of each regime in a run of so many iterations; None for one that it never has."""
+        dormant = min(self.start_step, iterations) if self.acts else iterations
+        whole = min(max(self.first_active - 1, dormant), iterations) if self.acts else iterations
+        ends = {DORMANT: (1, dormant), WARMING: (dormant + 1, whole), ACTIVE: (whole + 1, iterations)}
+        return {regime: [first, last] if first <= last else None for regime, (first, last) in ends.items()}
+
     def regimes(self, iterations: Iterable[int]) -> dict[str, int]:
         """How many iterations are in each regime; none for one that has none."""
         found = Counter(map(self.regime_at, iterations))

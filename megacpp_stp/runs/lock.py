@@ -16,12 +16,16 @@ _LAUNCHER, _RANKS = ".launcher.lock", ".ranks.lock"
 
 
 @contextmanager
-def launcher_lock(directory: Path) -> Iterator[None]:
-    """Be the only launcher in a run directory, and find no rank of an earlier one still there.
+def launcher_lock(directory: Path, *, node: int = 0) -> Iterator[None]:
+    """Be a node's only launcher in a run directory; as node 0, find no rank of an earlier launch still there.
 
     Raises:
         UserError: The run is going on, or its processes have not ended yet.
     """
+    if node:  # others may look for ranks just now; node 0 has, before it offered the run
+        with _held(directory / f".launcher-{node}.lock", fcntl.LOCK_EX):
+            yield
+        return
     with _held(directory / _LAUNCHER, fcntl.LOCK_EX):
         with _held(directory / _RANKS, fcntl.LOCK_EX):
             pass  # whoever starts ranks is the launcher, and that is us from here on

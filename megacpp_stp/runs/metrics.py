@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.runs.opening import open_regular
+from megacpp_stp.runs.opening import reading
 
 Record = dict[str, Any]
 NUMBERS = (
@@ -22,6 +22,9 @@ NUMBERS = (
     "stp_weighted",
     "grad_norm",
     "tokens_per_s",
+    "tflops_per_gpu",
+    "mfu",
+    "goodput",
     "step_time_s",
 )
 
@@ -69,7 +72,7 @@ def read_metrics(path: Path) -> list[Record]:
     """
     records: list[Record] = []
     damaged = None
-    with open_regular(path) as handle:
+    with reading(path) as handle:
         for number, line in enumerate(iter(partial(handle.readline, _LONGEST_LINE), b""), start=1):
             if damaged is not None:
                 raise UserError(

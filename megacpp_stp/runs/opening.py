@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +29,20 @@ def require_regular(path: Path) -> None:
         raise _cannot_be_read(path, error) from None
     if not stat.S_ISREG(mode):
         raise UserError("is no regular file", field=shown(path), fix=_FIX)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file and read from it in the block.
+
+    Raises:
+        UserError: It cannot be opened or read, or is none.
+    """
+    with open_regular(path) as handle:
+        try:
+            yield handle
+        except OSError as error:
+            raise _cannot_be_read(path, error) from None
 
 
 def open_regular(path: Path) -> BinaryIO:

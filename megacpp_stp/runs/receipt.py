@@ -2,7 +2,8 @@
 
 It answers four questions - which exact spec, which hybrid pattern, which patches were installed, which auxiliary
 losses were on or delayed - and names substrate, data and parameters. The launcher writes it before the first process
-starts, rank 0 fills it while the run goes on, and the launcher closes it when rank 0 could not.
+starts, rank 0 fills it while the run goes on, and the launcher closes it when rank 0 could not. All that it holds is
+typed in `megacpp_stp.runs.receipt_model`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.runs.files import RECEIPT, read_json, write_json
+from megacpp_stp.runs.files import RECEIPT, read_json, shown, write_json
+from megacpp_stp.runs.gate import Gate
 from megacpp_stp.runs.opening import require_regular
 
-RECEIPT_VERSION = 1
+RECEIPT_VERSION = 2
+"""Raised whenever a reader of the last one would misread or miss something."""
+READABLE_VERSIONS = (1, 2)
+"""Of version 1 the parts that version 2 kept; docs/runs.md says which it lacks."""
 ALLOWED_UNREVIEWED = "allowed_unreviewed"  # ids of patch surfaces that the user let meet unreviewed code upstream
 _LONGEST_REASON = 400
+# What an attempt finds out for itself; null until then.
+_OF_AN_ATTEMPT = (
+    *("stack", "code", "patches_digest", "cpu_backend", "placement", "fused_cross_entropy", "collected"),
+    *("last", "totals", "stp_iterations", "best", "failure_kind", "exit", "weights_sha256"),
+)
 _GOING_ON = "the run has not ended, or was killed together with its launcher"
 
 
@@ -43,8 +53,12 @@ class Receipt:
             "reason": _GOING_ON,
             "started": now(),
             "ended": None,
+            "updated": now(),
             "iterations_done": None,
             "attempts": [_attempt(from_iteration=0, plan_digest=facts["plan_digest"])],
+            "validation": [],
+            ALLOWED_UNREVIEWED: [],
+            **dict.fromkeys(_OF_AN_ATTEMPT),
             **facts,
         }
         write_json(directory / RECEIPT, content)
@@ -57,7 +71,8 @@ class Receipt:
 
     @property
     def failure_kind(self) -> str | None:
-        """``user`` for a mistake that the user can mend, ``crash`` or ``signal`` else; None without a failure."""
+        """``user`` for a mistake that the user can mend, ``nonfinite`` and ``hang`` (docs/health.md), ``signal``, else
+        ``crash``; None without a failure."""
         kind = self._content.get("failure_kind")
         return kind if isinstance(kind, str) else None
 
@@ -89,10 +104,11 @@ class Receipt:
             **facts: The plan's, in the place of those that it had, and what is left of earlier results.
         """
         attempt = _attempt(from_iteration=from_iteration, plan_digest=facts["plan_digest"])
-        for name in ("failure_kind", "last", "best"):
-            self._content.pop(name, None)
+        self._content.pop("taps_fed", None)  # of version 1
         self.update(
+            **dict.fromkeys(_OF_AN_ATTEMPT),
             **facts,
+            receipt_version=RECEIPT_VERSION,
             status="incomplete",
             reason=_GOING_ON,
             ended=None,
@@ -100,15 +116,25 @@ class Receipt:
             attempts=[*self._content.get("attempts", ()), attempt],
         )
 
-    def end_attempt(self, *, exit_status: int) -> None:
-        """The launcher's last word on this attempt."""
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """All of it, as it is on disk."""
+        return self._content
+
+    def end_attempt(self, *, exit_status: int, **facts: Any) -> None:
+        """The launcher's last word on this attempt.
+
+        Args:
+            exit_status: Of the launcher.
+            **facts: More to record.
+        """
         copied = {name: self._content[name] for name in ("status", "reason", "iterations_done")}
         self._content["attempts"][-1].update(copied, ended=self._content["ended"] or now(), exit_status=exit_status)
-        self.update()
+        self.update(**facts)
 
     def update(self, **facts: Any) -> None:
         """Add or replace facts."""
-        self._content.update(facts)
+        self._content.update(facts, updated=now())
         write_json(self._path, self._content)
 
     def complete(self, **facts: Any) -> None:
@@ -140,6 +166,11 @@ def _attempt(*, from_iteration: int, plan_digest: str) -> dict[str, Any]:
     }
 
 
+def _runs(block: Mapping[str, Any] | None) -> bool:
+    """Whether a family's block names the kernel that runs its recurrence."""
+    return block is not None and block.get("kernel") is not None
+
+
 def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Recipe, spec, pattern, auxiliary losses and topology of a plan, as a receipt says them."""
     recipe, layout, argv = plan["recipe"], plan["layout"], plan["argv"]
@@ -152,7 +183,12 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "plan_digest": plan["digest"],
         "recipe": {"name": recipe["name"], "provenance": recipe["provenance"], "overrides": recipe["overrides"]},
-        "spec": {"module": argv[spec + 1], "name": argv[spec + 2], "backend": recipe["model"]["backend"]},
+        "spec": {
+            "module": argv[spec + 1],
+            "name": argv[spec + 2],
+            "backend": recipe["model"]["backend"],
+            "kernels": {name: block["kernel"] for name, block in recipe["model"]["families"].items() if _runs(block)},
+        },
         "pattern": {
             "source": layout["source_pattern"],
             "megatron": layout["megatron_pattern"],
@@ -166,6 +202,7 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
             "mtp": recipe["model"]["mtp"],
             "dsa_indexer": sparse["loss_coeff"] if sparse else None,
         },
+        "windows": _windows(recipe["stp"], recipe["training"]["iterations"]),
         "topology": {
             "world_size": plan["world_size"],
             "data_parallel": plan["data_parallel"],
@@ -181,6 +218,13 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _windows(stp: Mapping[str, Any] | None, iterations: int) -> dict[str, list[int] | None] | None:
+    """First and last iteration of each of STP's regimes, as planned."""
+    if stp is None:
+        return None
+    return Gate(**{name: stp[name] for name in ("weight", "start_step", "ramp_steps")}).windows(iterations)
+
+
 def patch_facts(
     by_rank: Sequence[Sequence[Mapping[str, Any]]], calls: Sequence[Mapping[str, Mapping[str, int]]] | None = None
 ) -> list[dict[str, Any]]:
@@ -192,7 +236,7 @@ def patch_facts(
     """
     facts: list[dict[str, Any]] = []
     for record in by_rank[0]:
-        fact = {"id": record["id"], "state": record["state"], "reviewed_at": record["reviewed_at"]}
+        fact = {name: record[name] for name in ("id", "state", "reviewed_at", "probe")}
         if record["unreviewed"]:
             fact |= {"state": f"{record['state']}, unreviewed", "unreviewed": record["unreviewed"]}
         if calls is not None:
@@ -219,10 +263,10 @@ def read_receipt(directory: Path) -> dict[str, Any]:
     path = directory / RECEIPT
     require_regular(path)
     receipt = read_json(path)
+    require_readable(receipt, path)
     parameters, validation = receipt.get("parameters"), receipt.get("validation", [])
     whole = (
-        receipt.get("receipt_version") == RECEIPT_VERSION
-        and isinstance(receipt.get("recipe"), dict)
+        isinstance(receipt.get("recipe"), dict)
         and isinstance(receipt["recipe"].get("name"), str)
         and receipt.get("status") in ("complete", "incomplete")
         and isinstance(receipt.get("reason"), str | None)
@@ -234,11 +278,27 @@ def read_receipt(directory: Path) -> dict[str, Any]:
     )
     if not whole:
         raise UserError(
-            f"is not a whole receipt of version {RECEIPT_VERSION}",
-            field=str(path),
-            fix="the file is damaged, or from another version; use another run",
+            "is not a whole receipt", field=shown(path), fix="the file is damaged, or not of a run; use another run"
         )
     return receipt
+
+
+def require_readable(receipt: Mapping[str, Any], path: Path) -> None:
+    """Refuse a receipt of a version that is not read here.
+
+    Raises:
+        UserError: With its version.
+    """
+    version = receipt.get("receipt_version")
+    if type(version) is not int:
+        raise UserError("does not say its version: it is no receipt", field=shown(path), fix="use another run")
+    if version not in READABLE_VERSIONS:
+        raise UserError(
+            f"is a receipt of another version than {' and '.join(map(str, READABLE_VERSIONS))}",
+            field=shown(path),
+            value=version,
+            fix="use the megacpp-stp that wrote it",
+        )
 
 
 def _are_counts(parameters: Any) -> bool:
@@ -266,7 +326,7 @@ def without_places(text: str) -> str:
     line = " ".join(text.split())
     line = re.sub(r"(?<![\w.])(?:/[\w.+@-]+){2,}", lambda path: path[0].rsplit("/", 1)[1], line)
     line = re.sub(r"\[?\b\d{1,3}(?:\.\d{1,3}){3}\b\]?(?::\d+)?", "(an address)", line)
-    line = re.sub(r"\bnode \S+", "node (a host)", line)
+    line = re.sub(r"\bnode (?!\d+\b)\S+", "node (a host)", line)  # a number is no name
     return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + "..."
 
 

@@ -11,7 +11,7 @@ from megacpp_stp.plan.build import PLAN_FORMAT, Device, build_plan, plan_digest
 from megacpp_stp.plan.facts import Side, value_at
 from megacpp_stp.recipe import find_recipe, list_recipes, load_recipe
 from megacpp_stp.runs.files import PLAN, read_json, shown
-from megacpp_stp.runs.receipt import RECEIPT_VERSION
+from megacpp_stp.runs.receipt import require_readable
 
 _Types = type | tuple[type, ...]
 _PLAN_PARTS: dict[str, _Types] = {
@@ -99,21 +99,14 @@ def read_side(given: str, path: Path) -> Side:
     """
     document = read_json(path)
     if "plan_format" in document:
-        return _check_plan(document, given=given, path=path)
+        return check_plan(document, given=given, path=path)
     if "receipt_version" not in document:
         raise UserError(
             "is neither a plan nor a receipt",
             field=shown(path),
             fix="name a recipe, a plan.json, a receipt.json or a run directory",
         )
-    version = document["receipt_version"]
-    if version != RECEIPT_VERSION:
-        raise UserError(
-            f"is a receipt of another version than {RECEIPT_VERSION}",
-            field=shown(path),
-            value=version,
-            fix="use the megacpp-stp that wrote it",
-        )
+    require_readable(document, path)
     _check_parts(document, _RECEIPT_PARTS, path=path, what="receipt", fix="use another run")
     digest = document["plan_digest"]
     return Side(given=given, kind="receipt", digest=digest, plan=_plan_beside(path, digest), receipt=document)
@@ -127,10 +120,20 @@ def _plan_beside(path: Path, digest: str) -> Mapping[str, Any] | None:
     document = read_json(beside)
     if document.get("digest") != digest:
         return None
-    return _check_plan(document, given=str(beside), path=beside).plan
+    return check_plan(document, given=str(beside), path=beside).plan
 
 
-def _check_plan(document: Mapping[str, Any], *, given: str, path: Path) -> Side:
+def check_plan(document: Mapping[str, Any], *, given: str, path: Path) -> Side:
+    """A plan as one side of a comparison, checked for what readers use.
+
+    Args:
+        document: From `read_json`.
+        given: What the user named.
+        path: Of the file.
+
+    Raises:
+        UserError: It is damaged, was edited, or is of another format.
+    """
     version = document.get("plan_format")
     if version != PLAN_FORMAT:
         raise UserError(

@@ -98,6 +98,19 @@ def test_evaluations_and_final_weights_count(pair):
     assert found["equal"]
     assert found["weights"]
     assert not check(*pair, "--window", "1:")[0]["weights"]
+    assert not any("weights" in line for line in found["not_compared"])
+
+
+@pytest.mark.parametrize(
+    "other", [{"pattern": {"megatron": "M|M"}}, {"topology": {"tensor": 2}}, {"weights_sha256": None}]
+)
+def test_weights_of_unlike_layouts_are_not_compared_and_that_is_said(pair, other):
+    for run, more in zip(pair, ({"weights_sha256": "a"}, {"weights_sha256": "b"} | other), strict=True):
+        write_json(run / "receipt.json", {**read_json(run / "receipt.json"), **more})
+    (found,) = check(*pair)
+    assert found["equal"]
+    assert not found["weights"]
+    assert any(line.startswith("the final weights: ") for line in found["not_compared"])
 
 
 def test_weight_0_is_a_run_without_stp(tmp_path):

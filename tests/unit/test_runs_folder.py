@@ -74,7 +74,7 @@ def test_only_the_end_of_a_long_file_is_read(folder):
     [
         ("receipt.json", None, "receipt.json: cannot be read"),
         ("receipt.json", "{", "receipt.json: is not JSON"),
-        ("receipt.json", '{"receipt_version": 0}', "receipt.json: is not a whole receipt of version 1"),
+        ("receipt.json", '{"receipt_version": 0}', "receipt.json: is a receipt of another version than 1 and 2"),
         ("metrics.jsonl", "\0" * 500_000, "metrics.jsonl: ends in no metrics record"),
         ("metrics.jsonl", "{}\n{}\n", "metrics.jsonl: ends in no metrics record"),
     ],

@@ -56,7 +56,7 @@ def sealed(plan, **changes):
 def receipt_of(plan, **changes):
     recipe, layout = plan["recipe"], plan["layout"]
     return {
-        "receipt_version": 1,
+        "receipt_version": 2,
         "status": "complete",
         "plan_digest": plan["digest"],
         "recipe": {key: recipe[key] for key in ("name", "provenance", "overrides")},

@@ -216,7 +216,7 @@ def test_a_hostile_plan_with_a_digest_that_fits_is_compared(tmp_path):
         ("no-such.json", "no-such.json"),
         ("x" * 5000 + ".json", "too long"),
         ("a/" * 5000, "too long"),
-        ("/dev/zero", "larger than any file of a run"),
+        ("/dev/zero", "is no regular file"),
     ],
 )
 def test_a_side_that_is_not_there_is_named(name, says):
