@@ -20,6 +20,8 @@ _COMMANDS = {
     "diff": ("diff", "diff_command"),
     "memory": ("memory", "memory_command"),
     "launch": ("launch", "launch_command"),
+    "ablate": ("ablate", "ablate_command"),
+    "doctor": ("doctor", "doctor_command"),
     "patches": ("patches", "app"),
     "bench": ("bench", "app"),
     "data": ("data", "app"),

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megacpp_stp.cli.options import SetOption, console
+from megacpp_stp.cli.node_options import (
+    EndpointOption,
+    LocalAddrOption,
+    NnodesOption,
+    NodeRankOption,
+    NodeTimeoutOption,
+    RdzvIdOption,
+    this_node,
+)
+from megacpp_stp.cli.options import SetOption, console, print_json
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
 from megacpp_stp.recipe import Recipe, load_recipe, restore_recipe
+
+if TYPE_CHECKING:
+    from megacpp_stp.training.launcher import Launch
+    from megacpp_stp.training.torchrun import Node
+
+
+class DryRunFormat(StrEnum):
+    """Forms of a dry run."""
+
+    TABLE = "table"
+    SHELL = "shell"
+    JSON = "json"
+
+
+class ScriptKind(StrEnum):
+    """Scripts that start a recipe on several nodes."""
+
+    SLURM = "slurm"
+    SHELL = "shell"
+
 
 _AllowUnreviewed = Annotated[
     list[str] | None,
     typer.Option(metavar="ID", help="Let a patch meet upstream code that nobody reviewed; may be repeated."),
 ]
+_Format = Annotated[DryRunFormat, typer.Option("--format", help="With --dry-run: shell and json go alone to stdout.")]
 
 
 def launch_command(
@@ -32,10 +65,9 @@ def launch_command(
         typer.Option(help="cpu, cuda, or auto: cuda when each process has a GPU. Default cuda; to go on, the run's."),
     ] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this node; must be the recipe's.")] = None,
-    nnodes: Annotated[int | None, typer.Option(min=1, help="Nodes; must be the recipe's.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="A new directory; default runs/RECIPE-TIME.")] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of the rendezvous; default: a free one.")
+        int | None, typer.Option(min=1, max=65535, help="Port of the rendezvous of one node; default: a free one.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")] = False,
     allow_plan_change: Annotated[
@@ -43,44 +75,146 @@ def launch_command(
     ] = False,
     allow_unreviewed: _AllowUnreviewed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and touch nothing.")] = False,
+    format: _Format = DryRunFormat.TABLE,
+    script: Annotated[
+        ScriptKind | None, typer.Option(help="Print a script that starts the recipe on its nodes, and nothing else.")
+    ] = None,
+    nnodes: NnodesOption = None,
+    node_rank: NodeRankOption = None,
+    rdzv_endpoint: EndpointOption = None,
+    rdzv_id: RdzvIdOption = None,
+    local_addr: LocalAddrOption = None,
+    node_timeout: NodeTimeoutOption = 600,
 ) -> None:
     """Launch a recipe on this node, under torchrun, or go on with a run that was stopped."""
-    from megacpp_stp.plan.render import print_plan
-    from megacpp_stp.runs.attempts import find_continuation
-    from megacpp_stp.runs.files import RECEIPT
-    from megacpp_stp.runs.summary import print_summary
-    from megacpp_stp.training.launcher import Launch
-    from megacpp_stp.training.preflight import resolve_device
-
     _check_resume(recipe, run_dir, resume=resume, allow_plan_change=allow_plan_change)
     loaded, planned_device = _wanted(recipe, set_ or (), run_dir if resume else None)
     _check_world(loaded, nproc=nproc, nnodes=nnodes)
-    chosen, why = resolve_device(device or planned_device, processes=loaded.launch.processes_per_node)
-    plan = build_plan(loaded, device=chosen)
-    directory = run_dir or Path("runs") / f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if script is not None:
+        _print_script(script, loaded, given=recipe, overrides=set_ or (), device=device)
+        return
+    if format is not DryRunFormat.TABLE and not dry_run:
+        raise UserError("is for --dry-run", field="--format", value=format.value, fix="add --dry-run")
+    node = this_node(
+        loaded,
+        {"--node-rank": node_rank, "--rdzv-endpoint": rdzv_endpoint, "--rdzv-id": rdzv_id, "--local-addr": local_addr},
+        port=port,
+        run_dir=run_dir,
+        timeout=node_timeout,
+    )
+    launch, why = _planned(
+        loaded, device or planned_device, node=node, port=port, run_dir=run_dir, allowed=allow_unreviewed or ()
+    )
+    _run(launch, why, recipe=recipe, resume=resume, may_change=allow_plan_change, dry_run=format if dry_run else None)
+
+
+def _planned(
+    recipe: Recipe,
+    device: str,
+    *,
+    node: Node | None,
+    port: int | None,
+    run_dir: Path | None,
+    allowed: Sequence[str],
+) -> tuple[Launch, str]:
+    """The launch, and why it is on its device."""
+    from megacpp_stp.training.launcher import Launch
+    from megacpp_stp.training.preflight import resolve_device
+
+    chosen, why = resolve_device(device, processes=recipe.launch.processes_per_node)
+    launch = Launch(
+        plan=build_plan(recipe, device=chosen),
+        run_dir=run_dir or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}",
+        port=port,
+        allow_unreviewed=tuple(dict.fromkeys(allowed)),
+        node=node,
+    )
+    return launch, why
+
+
+def _run(
+    launch: Launch, why: str, *, recipe: str | None, resume: bool, may_change: bool, dry_run: DryRunFormat | None
+) -> None:
+    from megacpp_stp.runs.files import RECEIPT
+    from megacpp_stp.runs.summary import print_summary
+
     out = console()
-    start = None
     if resume:
-        start = find_continuation(directory, plan.as_dict(), may_change=allow_plan_change)
-        if start is None:
-            out.print(f"the run in {directory} is complete: nothing to do", markup=False)
+        going_on = _going_on(launch, own_plan=recipe is not None, may_change=may_change)
+        if going_on is None:
+            out.print(f"the run in {launch.run_dir} is complete: nothing to do", markup=False)
             return
-        out.print(f"goes on from iteration {start}" if start else "no checkpoint yet: begins anew", markup=False)
-    allowed = tuple(dict.fromkeys(allow_unreviewed or ()))
-    launch = Launch(plan=plan, run_dir=directory, port=port, from_iteration=start, allow_unreviewed=allowed)
-    if dry_run:
-        print_plan(plan, out)
-        out.print(f"run directory: {directory}", markup=False)
-        out.print(launch.shell(), markup=False)
+        launch, start = going_on, going_on.from_iteration
+        if dry_run in (None, DryRunFormat.TABLE):
+            out.print(f"goes on from iteration {start}" if start else "no checkpoint yet: begins anew", markup=False)
+    if dry_run is not None:
+        _print_dry_run(launch, dry_run)
         return
     launch.preflight()
-    out.print(f"device: {chosen} ({why}); run directory: {directory}", markup=False)
+    out.print(f"device: {launch.plan.device} ({why}); run directory: {launch.run_dir}", markup=False)
     status = launch.run()
-    if (directory / RECEIPT).exists():
-        print_summary(directory, out)
+    if launch.rank == 0 and (launch.run_dir / RECEIPT).exists():
+        print_summary(launch.run_dir, out)
     if status:
-        print(f"megacpp-stp: the run ended with status {status}; its directory is {directory}", file=sys.stderr)
+        print(f"megacpp-stp: the run ended with status {status}; its directory is {launch.run_dir}", file=sys.stderr)
     raise typer.Exit(status)
+
+
+def _going_on(launch: Launch, *, own_plan: bool, may_change: bool) -> Launch | None:
+    """The launch from where its run stopped; None when that is complete."""
+    from dataclasses import replace
+
+    from megacpp_stp.runs.attempts import find_continuation
+    from megacpp_stp.training.follower import expected_start
+
+    if launch.rank:  # node 0 has the last word
+        start = expected_start(launch)
+    else:
+        start = find_continuation(launch.run_dir, launch.plan.as_dict(), may_change=may_change)
+    return None if start is None else replace(launch, from_iteration=start, own_plan=own_plan)
+
+
+def _print_dry_run(launch: Launch, form: DryRunFormat) -> None:
+    from megacpp_stp.plan.env_guard import check_environment
+    from megacpp_stp.training.dry_run import planned_launch
+
+    facts = planned_launch(launch)
+    if form is DryRunFormat.JSON:
+        print_json(facts)
+    elif form is DryRunFormat.SHELL:
+        print(launch.shell())
+    else:
+        from megacpp_stp.plan.render import print_plan
+
+        out = console()
+        print_plan(launch.plan, out)
+        out.print(f"run directory: {facts['run_directory']}", markup=False)
+        out.print(f"node: {facts['node']} of {facts['nodes']}", markup=False)
+        planned = {variable.name for variable in launch.plan.env}
+        for variable in launch.variables(launch.start()):
+            if variable.name not in planned:
+                out.print(f"sets: {variable.name}={shlex.quote(variable.value)}  # {variable.why}", markup=False)
+        for path in facts["files"]:
+            out.print(f"writes: {path}", markup=False)
+        out.print(launch.shell(), markup=False)
+    try:
+        check_environment(launch.variables(launch.start()), launch.plan.recipe, os.environ)
+    except UserError as error:
+        print(f"megacpp-stp: a launch from this shell would be refused: {error}", file=sys.stderr)
+
+
+def _print_script(
+    kind: ScriptKind, recipe: Recipe, *, given: str | None, overrides: Sequence[str], device: str | None
+) -> None:
+    from megacpp_stp.plan.scripts import shell_script, slurm_script
+
+    if given is None:
+        raise UserError("is needed for a script", field="RECIPE", fix="name the recipe")
+    if device == "auto":
+        raise UserError("is found out on a node", field="--device", value=device, fix="name cpu or cuda")
+    plan = build_plan(recipe, device="cpu" if device == "cpu" else "cuda")
+    write = slurm_script if kind is ScriptKind.SLURM else shell_script
+    print(write(plan, recipe=given, overrides=overrides), end="")
 
 
 def _check_resume(recipe: str | None, run_dir: Path | None, *, resume: bool, allow_plan_change: bool) -> None:

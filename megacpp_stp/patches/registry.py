@@ -123,7 +123,7 @@ class Registry:
         Raises:
             UserError: An id that is no surface, or a permission that nothing needs.
         """
-        code = _code_hash()
+        code = code_hash()
         records = [self._examine(entry, plan, core, allow_unreviewed, code) for entry in self._in_order(plan)]
         listed = {record.id: record for record in records}
         for name in allow_unreviewed:
@@ -236,8 +236,8 @@ def _conflict(entry: Entry, others: Sequence[Entry]) -> str | None:
     return None
 
 
-def _code_hash() -> str:
-    """Of all our code: what a surface puts in place may be anywhere in it."""
+def code_hash() -> str:
+    """sha256 of all our code: what a surface puts in place may be anywhere in it."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

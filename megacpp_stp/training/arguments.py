@@ -32,6 +32,7 @@ def add_nam_arguments(parser: ArgumentParser) -> ArgumentParser:
         metavar="FAMILY:BLOCK=RUNS@LAYERS",
         help="layers on which something else runs in a block's place",
     )
+    group.add_argument("--nam-bf16-layers", type=_numbers, help="layers of an fp8 model whose products stay bf16")
     group.add_argument("--nam-fused-cross-entropy", help="what computes the loss without keeping logits")
     group.add_argument("--nam-stp-objective", choices=("triple", "chord"), help="what STP measures of a span")
     group.add_argument("--nam-stp-weight", type=float, help="factor of the mean STP loss over all taps")
@@ -44,6 +45,10 @@ def add_nam_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--nam-stp-seed", type=int, help="key of the triple sampler")
     group.add_argument("--nam-stp-diagnose-every", type=int, help="iterations between two diagnoses; 0 for none")
     return add_slot_arguments(parser)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
 
 
 def stp_config(args: Namespace) -> StpConfig | None:

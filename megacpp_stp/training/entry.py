@@ -20,6 +20,7 @@ from megacpp_stp.runs.lock import rank_lock
 from megacpp_stp.runs.receipt import ALLOWED_UNREVIEWED
 from megacpp_stp.training.arguments import add_nam_arguments, read_plan, stp_config
 from megacpp_stp.training.orphans import die_with_parent
+from megacpp_stp.training.progress import Progress
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,26 +72,37 @@ class _Rank:
         self._patches: Any = None
         self._first_iteration_proven = False
         self._fused: Any = None
+        self._chunks: list[Any] = []
+        self._args: Any = None
+        self._finite: Any = None
+        self._progress = Progress(self._iteration)
 
     def run(self, undo: ExitStack, directory: Path) -> None:
         from megatron.training.arguments import parse_and_validate_args
 
+        from megacpp_stp.training.health import watchdog_of
+        from megacpp_stp.training.preflight_ranks import compare_ranks
+
+        undo.enter_context(watchdog_of(self._plan, directory, rank=self._rank, progress=self._progress))
         self._patches = undo.enter_context(_planned_patches(self._plan, directory, rank=self._rank))
-        args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
+        met = compare_ranks(self._plan, [record.as_dict() for record in self._patches.records], rank=self._rank)
+        self._args = args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
         if self._rank == 0:
             from megacpp_stp.training.journal import Journal
 
             self._writer = Journal(args.nam_run_dir, self._plan)
+            self._writer.ranks_met(met)
         try:
-            self._pretrain(args)
+            weights = self._pretrain(args)
         except BaseException as error:
             if self._writer is not None:
-                self._writer.failed(error, kind="user" if isinstance(error, UserError) else "crash")
+                self._writer.failed(error)
             raise
         if self._writer is not None:
-            self._writer.completed()
+            self._writer.completed(weights_sha256=weights)
 
-    def _pretrain(self, args: Any) -> None:
+    def _pretrain(self, args: Any) -> str:
+        """The whole run; the digest of its weights."""
         from megatron.core.enums import ModelType
         from megatron.training import pretrain
         from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
@@ -98,10 +110,12 @@ class _Rank:
         from megacpp_stp.training.data import dataset_provider
         from megacpp_stp.training.step import ForwardStep
         from megacpp_stp.training.streams import keep_loaded_stream
+        from megacpp_stp.training.weights import weights_digest
 
         recorder = self._recorder(args)
         model_config = hybrid_config_from_args(args)
         self._patches.configure(model_config.transformer)
+        self._finite.install(model_config.transformer)
         recorder.install(model_config.transformer)
         model_config.pre_wrap_hooks.append(lambda chunks: self._before_wrap(chunks, args, recorder))
         provide: Any = dataset_provider()
@@ -109,14 +123,19 @@ class _Rank:
             device=self._device,
             recorder=recorder,
             end_of_document=self._manifest().tokenizer.eod_id,
-            # Upstream switches it off for fp16, whose gradients may overflow; a loss may not, there either.
-            check_nan=args.check_for_nan_in_loss_and_grad or args.fp16,
+            finite=self._finite,
+            progress=self._progress,
         )
         if args.load:
             provide, forward_step = keep_loaded_stream(provide, forward_step)
         config = pretrain_cfg_container_from_args(args, model_config)
         pretrain(config, provide, ModelType.encoder_or_decoder, forward_step)
         recorder.end_evaluation()
+        return weights_digest(self._chunks)
+
+    def _iteration(self) -> int:
+        """How many are completed. Until the first after a checkpoint, Megatron has the checkpoint's elsewhere."""
+        return max(self._args.curr_iteration, self._args.iteration)
 
     def _manifest(self) -> Any:
         from megacpp_stp.data.manifest import load_manifest
@@ -124,21 +143,30 @@ class _Rank:
         return load_manifest(Path(self._plan["recipe"]["data"]["path"]))
 
     def _recorder(self, args: Any) -> Any:
-        from megacpp_stp.training.facts import peak_memory_bytes
+        from megacpp_stp.training.facts import peak_memory_bytes, totals_of, work_of
+        from megacpp_stp.training.health import finite_of
         from megacpp_stp.training.recorder import Recorder
-        from megacpp_stp.training.writers import write_scalars
+        from megacpp_stp.training.writers import share_times, write_scalars
 
         def emit(record: dict[str, Any]) -> None:
             self._prove_first_iteration()
+            record |= self._finite.told(record)
+            record |= work.speed(record["tokens_per_s"]) | totals.after(record)
+            if args.tensorboard_dir and record["iteration"] % args.tensorboard_log_interval == 0:
+                share_times(record, device=self._device)
             write_scalars(record, interval=args.tensorboard_log_interval)
             if self._writer is not None:
                 self._writer.record(record)
 
         manifest, device = self._manifest(), self._plan["device"]
+        work, totals = work_of(self._plan), totals_of(Path(args.nam_run_dir))
+        self._finite = finite_of(
+            self._plan, device=self._device, iteration=self._iteration, in_a_row=totals.nonfinite_in_a_row
+        )
         return Recorder(
             device=self._device,
-            # Until the first iteration after a checkpoint, Megatron has the checkpoint's in another place.
-            iteration=lambda: max(args.curr_iteration, args.iteration),
+            iteration=self._iteration,
+            progress=self._progress,
             tokens_per_iteration=args.global_batch_size * args.seq_length,
             bits_per_byte=lambda split, loss: manifest.bits_per_byte(split, loss_nats=loss),
             peak_memory=lambda: peak_memory_bytes(device),
@@ -155,6 +183,7 @@ class _Rank:
         from megacpp_stp.patches.agreement import gather, require_agreement
         from megacpp_stp.stp.install import install_stp
 
+        self._chunks = list(chunks)
         stages = count_parameters(chunks, device=self._device)
         patches = gather([record.as_dict() for record in self._patches.records])
         require_agreement(patches)
@@ -170,17 +199,20 @@ class _Rank:
             data_rank = parallel_state.get_data_parallel_rank()
             taps = install_stp(chunks, config, iteration=lambda: args.curr_iteration, data_rank=data_rank)
             recorder.observe_stp(taps)
+            self._finite.observe_stp(taps)
         return chunks
 
     def _prove_first_iteration(self) -> None:
         """Once, on every rank: what was put in the place of upstream's code is what the run calls."""
         from megacpp_stp.patches.agreement import gather, require_called
+        from megacpp_stp.training.collected import collected_here, ranks_by_loss
 
         if self._first_iteration_proven:
             return
         self._first_iteration_proven = True
         calls = gather(self._patches.calls())
         require_called(self._patches.ledger, calls)
+        auxiliary = ranks_by_loss(gather(collected_here()))
         fused = None
         if self._fused is not None:
             fused = gather([self._fused.heads, self._fused.calls])
@@ -189,6 +221,7 @@ class _Rank:
             return
         redirects = sorted(self._cpu_backend.hits) if self._cpu_backend is not None else None
         self._writer.patches_called(calls, cpu_backend=redirects)
+        self._writer.collected(auxiliary)
         if fused is not None:
             backend = self._plan["recipe"]["training"]["fused_cross_entropy"]
             self._writer.loss_fused(backend, sum(losses for _, losses in fused))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,19 @@ from typing import Any
 import torch
 
 import megacpp_stp
-from megacpp_stp.data.manifest import DatasetManifest
+from megacpp_stp.data.manifest import DatasetManifest, load_manifest
+from megacpp_stp.plan.env_guard import recorded_environment
+from megacpp_stp.plan.flops import total
+from megacpp_stp.plan.lowering import lower
+from megacpp_stp.plan.parameters import parts
+from megacpp_stp.plan.stages import choose_stages
+from megacpp_stp.preflight.machine import Probe
+from megacpp_stp.preflight.nvidia import DRIVER_FILE, parse_driver
+from megacpp_stp.recipe import restore_recipe
+from megacpp_stp.runs.files import METRICS, RECEIPT, read_json
+from megacpp_stp.runs.metrics import read_metrics
+from megacpp_stp.runs.receipt import now
+from megacpp_stp.runs.totals import Totals, Work, peak_flops
 
 _PACKAGES = (
     "megatron-core",
@@ -21,24 +36,11 @@ _PACKAGES = (
     "triton",
     "transformer-engine",
     "mamba-ssm",
+    "accelerated-model-architectures",  # XMA
     "liger-kernel",
     "tokenizers",
     "transformers",
     "numpy",
-)
-# Variables that change what a run computes or how fast; nothing else of the environment leaves the machine.
-_ENV_ALLOWED = (
-    "CUDA_DEVICE_MAX_CONNECTIONS",
-    "CUDA_VISIBLE_DEVICES",
-    "HF_HUB_OFFLINE",
-    "LOCAL_WORLD_SIZE",
-    "NCCL_ALGO",
-    "NCCL_DEBUG",
-    "OMP_NUM_THREADS",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TOKENIZERS_PARALLELISM",
-    "TORCHDYNAMO_DISABLE",
-    "WORLD_SIZE",
 )
 
 
@@ -47,13 +49,38 @@ def substrate(device: str) -> dict[str, Any]:
     hardware: dict[str, Any] = {"device": device, "machine": platform.machine(), "cpu_count": os.cpu_count()}
     if device == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name()
-        hardware["cuda"] = torch.version.cuda
+        hardware |= {"cuda": torch.version.cuda, "nccl": nccl_version(), "driver": driver_version()}
     return {
         "hardware": hardware,
         "python": sys.version.split()[0],
         "megacpp_stp": megacpp_stp.__version__,
-        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "packages": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that change what a run computes, those that are installed."""
+    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+
+
+def nccl_version() -> str:
+    """Of the NCCL that torch calls."""
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def driver_version() -> str | None:
+    """Of the GPU's driver; None where the system does not say."""
+    return parse_driver(Probe().text(DRIVER_FILE) or "")
+
+
+def data_digest(path: Path) -> str:
+    """sha256 over `data_facts` of a prepared dataset: equal for equal content.
+
+    Raises:
+        UserError: There is none.
+    """
+    text = json.dumps(data_facts(load_manifest(path, field="data.path")), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def data_facts(manifest: DatasetManifest) -> dict[str, Any]:
@@ -66,9 +93,9 @@ def data_facts(manifest: DatasetManifest) -> dict[str, Any]:
     return {"splits": splits, "tokenizer": tokenizer, "source_sha256": manifest.source.sha256}
 
 
-def allowed_environment() -> dict[str, str]:
-    """The variables of the allow-list that are set."""
-    return {name: os.environ[name] for name in _ENV_ALLOWED if name in os.environ}
+def allowed_environment(plan: Mapping[str, Any]) -> dict[str, str]:
+    """The variables of the allow-list that are set in this process."""
+    return recorded_environment(plan, os.environ)
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -95,3 +122,22 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def work_of(plan: Mapping[str, Any]) -> Work:
+    """What each process of a plan does for a token."""
+    recipe = restore_recipe(plan["recipe"])
+    layout = lower(recipe, stages=choose_stages(recipe))
+    return Work(
+        flops_per_token=total(recipe, parts(recipe, layout)).training,
+        processes=recipe.launch.nodes * recipe.launch.processes_per_node,
+        peak_flops=peak_flops(torch.cuda.get_device_name() if plan["device"] == "cuda" else None),
+    )
+
+
+def totals_of(directory: Path) -> Totals:
+    """The sums of a run up to where this attempt goes on; every rank keeps them."""
+    receipt, path = directory / RECEIPT, directory / METRICS
+    # Under plain torchrun, rank 0 writes the receipt about now.
+    started = read_json(receipt)["started"] if receipt.exists() else now()
+    return Totals(started=started, records=read_metrics(path) if path.exists() else ())

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 from megacpp_stp.data.manifest import load_manifest
 from megacpp_stp.errors import UserError
 from megacpp_stp.patches.agreement import digest
-from megacpp_stp.runs.files import ENV, METRICS, PATCHES, RECEIPT, write_json
-from megacpp_stp.runs.metrics import MetricsWriter, Record, last_of, read_metrics
+from megacpp_stp.runs.failures import kind_of, text_of
+from megacpp_stp.runs.files import ENV, METRICS, PATCHES, RANKS, RECEIPT, write_json
+from megacpp_stp.runs.metrics import MetricsWriter, Record, read_metrics
 from megacpp_stp.runs.receipt import Receipt, patch_facts, plan_facts
+from megacpp_stp.runs.tally import tally_of
+from megacpp_stp.training.code import code_facts
 from megacpp_stp.training.facts import allowed_environment, data_facts, substrate
+from megacpp_stp.training.preflight_ranks import Met, placement
+
+UPDATE_EVERY_S = 10.0
+"""How old the receipt's last iteration and totals may get while the run goes on."""
 
 
 class Journal:
@@ -32,13 +40,19 @@ class Journal:
         _check_data(self._receipt, data)
         path = directory / METRICS
         goes_on = self._receipt.attempts > 1
-        self._last: Record = (read_metrics(path) or [{}])[-1] if goes_on and path.exists() else {}
+        self._tally = tally_of(self._receipt.content, read_metrics(path) if goes_on and path.exists() else ())
         self._validations: list[Record] = self._receipt.validation
         self._metrics = MetricsWriter(path, append=goes_on)
         self._is_first = True
+        self._updated = 0.0
         self._patches: list[list[dict[str, Any]]] = []
-        write_json(directory / ENV, allowed_environment())
-        self._receipt.update(substrate=substrate(plan["device"]), data=data)
+        write_json(directory / ENV, allowed_environment(plan))
+        self._receipt.update(substrate=substrate(plan["device"]), code=code_facts(), data=data)
+
+    def ranks_met(self, met: Met) -> None:
+        """All ranks have agreed, before the first collective; host names go into a file of their own."""
+        write_json(self._directory / RANKS, {str(rank): facts for rank, facts in enumerate(met.by_rank)})
+        self._receipt.update(placement=placement(met))
 
     def model_built(self, parameters_by_stage: list[int], *, stack: str, patches: list[list[dict[str, Any]]]) -> None:
         """The model exists.
@@ -68,6 +82,10 @@ class Journal:
         self._write_patches()
         self._receipt.update(patches=patch_facts(self._patches, calls), cpu_backend=cpu_backend)
 
+    def collected(self, auxiliary: dict[str, list[int]]) -> None:
+        """The first iteration has shown which auxiliary losses there are, on which ranks; STP's taps follow."""
+        self._receipt.update(collected={"taps": None, "auxiliary": auxiliary})
+
     def loss_fused(self, backend: str, losses: int) -> None:
         """The first iteration has computed that many losses, over all ranks, without logits."""
         self._receipt.update(fused_cross_entropy={"backend": backend, "losses_in_first_iteration": losses})
@@ -88,36 +106,45 @@ class Journal:
                 f"iteration {record['iteration']} came first, but the run goes on from iteration {loaded}"
             )
         self._metrics.write(record)
-        self._last = record
+        self._tally.add(record)
         if first and "stp_loss_by_tap" in record:
-            self._receipt.update(taps_fed=[int(tap) if tap.isdigit() else tap for tap in record["stp_loss_by_tap"]])
+            taps = [int(tap) if tap.isdigit() else tap for tap in record["stp_loss_by_tap"]]
+            self._receipt.update(collected={**(self._receipt.content["collected"] or {"auxiliary": {}}), "taps": taps})
+        if time.monotonic() - self._updated >= UPDATE_EVERY_S:
+            self._update()
 
     def validation(self, record: Record) -> None:
         """One evaluation ended."""
         self._validations.append(record)
-        self._receipt.update(validation=self._validations)
+        self._update()
 
     def saving(self) -> None:
         """A checkpoint is about to be written, with all that is recorded so far behind it."""
         self._metrics.sync()
 
-    def completed(self) -> None:
-        """`pretrain` returned."""
+    def completed(self, *, weights_sha256: str) -> None:
+        """`pretrain` returned, and left these weights."""
         self._metrics.close()
-        done = self._last.get("iteration", 0)
+        done, outcome = self._tally.iterations_done, {**self._outcome(), "weights_sha256": weights_sha256}
         if done < self._wanted:
-            self._receipt.fail(f"ended after iteration {done} of {self._wanted}", kind="crash", **self._outcome())
+            self._receipt.fail(f"ended after iteration {done} of {self._wanted}", kind="crash", **outcome)
         else:
-            self._receipt.complete(**self._outcome())
+            self._receipt.complete(**outcome)
 
-    def failed(self, error: BaseException, *, kind: str) -> None:
+    def failed(self, error: BaseException) -> None:
         """`pretrain` raised."""
         self._metrics.close()
-        self._receipt.fail(f"{type(error).__name__}: {error}", kind=kind, **self._outcome())
+        self._receipt.fail(text_of(error), kind=kind_of(error), **self._outcome())
+
+    def _update(self) -> None:
+        """Bring the receipt up to date: whoever is killed leaves what was true a moment ago."""
+        self._receipt.update(**self._outcome())
+        self._updated = time.monotonic()
 
     def _outcome(self) -> dict[str, Any]:
+        """How far the run is. `best` is of validation: the lowest loss of one training batch is chance."""
         best = min(self._validations, key=lambda record: record["lm_loss"], default=None)
-        return {"iterations_done": self._last.get("iteration", 0), "last": last_of(self._last), "best": best}
+        return {**self._tally.facts(), "validation": self._validations, "best": best}
 
 
 def _check_data(receipt: Receipt, found: dict[str, Any]) -> None:

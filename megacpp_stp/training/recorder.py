@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from megacpp_stp.stp.config import FINAL_NORM, tap_name
 from megacpp_stp.stp.meter import StpReading
 from megacpp_stp.stp.record import diagnosis_record, stp_record
 from megacpp_stp.stp.taps import StpTaps
+from megacpp_stp.training.progress import Progress
 
 PeakMemory = Callable[[], int]
 Split = Literal["train", "valid"]
@@ -43,6 +43,7 @@ class Recorder:
         emit_validation: Takes the mean loss of each evaluation; called on every rank, when the next iteration or the
             run ends, or before a checkpoint is written.
         before_save: Called on every rank before a checkpoint is written; None where none is.
+        progress: Told where the rank is.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Recorder:
         emit: Callable[[Record], None],
         emit_validation: Callable[[Record], None],
         before_save: Callable[[], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._device = device
         self._iteration = iteration
@@ -65,6 +67,7 @@ class Recorder:
         self._emit = emit
         self._emit_validation = emit_validation
         self._before_save = before_save
+        self._progress = progress or Progress(iteration)
         self._evaluated: int | None = None
         self._evaluation_sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._taps: StpTaps | None = None
@@ -146,9 +149,6 @@ class Recorder:
                 require_fed(reading)
                 self._taps_proven = True
             self._record.update(stp_record(self._taps.config, reading, iteration))
-            if reading.loss is not None and not math.isfinite(reading.loss):
-                by_tap = self._record["stp_loss_by_tap"]
-                raise FloatingPointError(f"STP loss is {reading.loss} in iteration {iteration + 1}: {by_tap}")
             if self._taps.diagnosis is not None and self._taps.config.is_diagnosed(iteration):
                 found = self._taps.diagnosis.reduce(device=self._device, groups=data_then_pipeline())
                 self._record.update(diagnosis_record(found))
@@ -178,8 +178,10 @@ class Recorder:
         step = optimizer.step
 
         def recorded_step(*args: Any, **kwargs: Any) -> Any:
+            self._progress.optimizer()
             result = step(*args, **kwargs)
             self._end_iteration(optimizer, result)
+            self._progress.stepped()
             return result
 
         optimizer.step = recorded_step
@@ -192,6 +194,7 @@ class Recorder:
         state = optimizer.sharded_state_dict
 
         def recorded_state(*args: Any, **kwargs: Any) -> Any:
+            self._progress.save()
             self.end_evaluation()
             before_save()
             return state(*args, **kwargs)

@@ -71,13 +71,17 @@ def ask_upstream(plan: RunPlan) -> list[Derived]:
     )
 
 
-def require_accepted(plan: RunPlan) -> None:
+def require_accepted(plan: RunPlan) -> list[Derived]:
     """Refuse a plan that Megatron refuses, or of which it would change what the recipe asked for.
+
+    Returns:
+        What validation added, as `ask_upstream` gives it.
 
     Raises:
         UserError: With upstream's own words, or the argument that it changes.
     """
-    for row in ask_upstream(plan):
+    rows = ask_upstream(plan)
+    for row in rows:
         if row.option:
             raise UserError(
                 f"megatron-core changes it to {row.after}",
@@ -85,6 +89,7 @@ def require_accepted(plan: RunPlan) -> None:
                 value=row.before,
                 fix=f"ask for {row.after} in the recipe, or change what makes Megatron do so",
             )
+    return rows
 
 
 def _reason(stderr: str) -> str:
@@ -108,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     from megacpp_stp.training.arguments import add_nam_arguments
 
     sys.argv[1:] = argv
-    _answer_for_an_h200(arguments)
+    answer_for_an_h200(arguments)
     try:
         args = arguments.parse_args(extra_args_provider=add_nam_arguments)
         before = _texts(args)
@@ -126,8 +131,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _answer_for_an_h200(arguments: Any) -> None:
-    """Upstream asks the GPU for its generation. This process needs none, lives for one answer and builds nothing."""
+def answer_for_an_h200(arguments: Any) -> None:
+    """Upstream asks the GPU for its generation, and a process that only judges a plan needs none.
+
+    Args:
+        arguments: The module ``megatron.training.arguments``. What is put into it and into torch stays: for a process
+            that runs nothing on any device.
+    """
     import torch
 
     arguments.get_device_arch_version = lambda: _HOPPER[0]

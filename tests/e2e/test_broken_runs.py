@@ -15,6 +15,7 @@ import pytest
 from megacpp_stp.plan.build import plan_digest
 from megacpp_stp.runs.metrics import read_metrics
 from tests.e2e.conftest import command, environment
+from tests.unit.test_runs_schema import require_run_fits
 
 
 def load(directory, name):
@@ -45,9 +46,10 @@ def test_what_is_no_number_ends_the_run_and_says_so(cli, short_run, tmp_path):
     done = cli(*short_run, *rates, "--run-dir", str(run))
     assert done.returncode == 1
     receipt = load(run, "receipt.json")
-    assert receipt["failure_kind"] == "crash"
-    assert re.match(r"rank \d: ", receipt["reason"])
-    assert re.search(r"\b(nan|inf)\b", receipt["reason"])
+    assert receipt["failure_kind"] == "nonfinite"
+    seen = r"rank \d: iteration (\d+): (lm loss|STP loss|gradient|norm of the gradient) .*is (nan|inf|-inf|not finite)"
+    found = re.match(seen, receipt["reason"])
+    assert found and int(found[1]) == receipt["iterations_done"] + 1
     assert receipt["iterations_done"] >= 1
     assert receipt["last"]["iteration"] == receipt["iterations_done"]
     assert receipt["reason"] in done.stdout.replace("\n", "")
@@ -96,7 +98,8 @@ def test_a_signal_ends_all_ranks_and_is_told(short_run, tmp_path, number):
     receipt = load(run, "receipt.json")
     assert (receipt["status"], receipt["reason"]) == ("incomplete", f"ended by {number.name}")
     assert receipt["ended"] is not None
-    assert receipt["iterations_done"] == len(read_metrics(run / "metrics.jsonl")) > 0
+    assert receipt["iterations_done"] == receipt["totals"]["iterations"] == len(read_metrics(run / "metrics.jsonl")) > 0
+    assert receipt["exit"] == load(run, "exit.json")
     assert load(run, "exit.json")["signal"] == number.name
     assert not processes_of(run)
 
@@ -112,7 +115,12 @@ def test_ranks_do_not_outlive_a_killed_launcher(short_run, tmp_path):
             time.sleep(0.2)
     assert not processes_of(run)
     receipt = load(run, "receipt.json")
-    assert (receipt["status"], receipt["iterations_done"]) == ("incomplete", None)
+    assert (receipt["status"], receipt["ended"], receipt["exit"]) == ("incomplete", None, None)
+    done = receipt["iterations_done"]  # as it was at most ten seconds before
+    assert 1 <= done == receipt["last"]["iteration"] == receipt["totals"]["iterations"]
+    assert done <= len(read_metrics(run / "metrics.jsonl"))
+    assert receipt["updated"] > receipt["started"]
+    require_run_fits(run)
 
 
 def test_a_killed_rank_is_told(short_run, tmp_path):

@@ -14,8 +14,9 @@ MODEL = (
     "model.families.A.sparse={ranks: [1, 2], indexer_heads: 2, indexer_head_dim: 16, topk: 16, "
     "kernel: chunked, loss: sparse, loss_coeff: 1.0e-2}",
     "model.families.M={block: mamba3, heads: 4, head_dim: 64, state_dim: 16, groups: 2, chunk_size: 32, "
-    "complex_rotation: true}",
-    "model.families.R={block: m2rnn, heads: 4, key_dim: 16, value_dim: 16, conv_kernel: 4, checkpoint_every: 32}",
+    "complex_rotation: true, mimo_rank: 1, kernel: torch}",
+    "model.families.R={block: m2rnn, heads: 4, key_dim: 16, value_dim: 16, conv_kernel: 4, checkpoint_every: 32, "
+    "kernel: torch}",
     "model.mtp={depths: 1, pattern: AE, loss_coeff: 0.1}",
     "parallel.stages=[6, 6]",
 )

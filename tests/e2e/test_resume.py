@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megacpp_stp.runs.metrics import read_metrics
 from tests.e2e.conftest import SHORT, command, environment
+from tests.unit.test_runs_schema import require_run_fits
 
-OF_THE_MACHINE = ("step_time_s", "tokens_per_s", "peak_memory_bytes")
+OF_THE_MACHINE = ("step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "goodput", "peak_memory_bytes")
 # A checkpoint on each side of the gate, which opens where the run is stopped; one more evaluation than checkpoints.
 SETTINGS = (
     *SHORT,
@@ -108,7 +109,12 @@ def assert_same_run(run, whole, *, iterations):
     assert without_times(run) == without_times(whole)
     assert [record["iteration"] for record in read_metrics(run / "metrics.jsonl")] == list(range(1, iterations + 1))
     assert load(run, "receipt.json")["validation"] == load(whole, "receipt.json")["validation"]
-    assert load(run, "receipt.json")["best"] == load(whole, "receipt.json")["best"]
+    mine, theirs = load(run, "receipt.json"), load(whole, "receipt.json")
+    for name in ("best", "weights_sha256", "collected", "stp_iterations"):
+        assert mine[name] is not None and mine[name] == theirs[name], name
+    for name in ("iterations", "tokens", "loss_tokens", "skipped_iterations"):
+        assert mine["totals"][name] == theirs["totals"][name], name
+    require_run_fits(run)
     mine, theirs = saved(run, iterations), saved(whole, iterations)
     assert mine.keys() == theirs.keys()
     for part in ("linear_proj.weight", "exp_avg_sq", "expert_bias", "torch_rng_state", "rng_tracker_states"):

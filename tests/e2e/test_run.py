@@ -7,7 +7,11 @@ import pytest
 
 from megacpp_stp.data.manifest import load_manifest
 from megacpp_stp.patches.agreement import digest
+from megacpp_stp.plan import build_plan
+from megacpp_stp.plan.cost import cost_of
+from megacpp_stp.recipe import restore_recipe
 from megacpp_stp.runs.metrics import read_metrics
+from tests.unit.test_runs_schema import require_run_fits
 
 
 def load(run, name):
@@ -34,6 +38,7 @@ def test_metrics_have_every_iteration_and_the_gate(run, dataset):
     assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert [record["stp_active"] for record in records] == [False] * 3 + [True] * 3
     manifest = load_manifest(dataset)
+    flops = cost_of(build_plan(restore_recipe(load(run, "plan.json")["recipe"]))).flops.training
     for record in records:
         assert 0 < record["stp_loss"] < 2
         by_tap = record["stp_loss_by_tap"]
@@ -43,6 +48,8 @@ def test_metrics_have_every_iteration_and_the_gate(run, dataset):
         assert record["stp_weighted"] == pytest.approx(weighted)
         assert record["tokens"] == record["loss_tokens"] == 8 * 64
         assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["step_time_s"])
+        assert record["tflops_per_gpu"] == pytest.approx(flops * record["tokens_per_s"] / 2 / 1e12)
+        assert record["mfu"] is None and record["skipped_iterations"] == 0 and 0 < record["goodput"] < 1
         assert record["grad_norm"] > 0
         assert record["peak_memory_bytes"] > 100 * 2**20
         bits = record["lm_loss"] / math.log(2) / manifest.bytes_per_token("train")
@@ -75,7 +82,18 @@ def test_the_receipt_answers_its_questions(run):
     assert receipt["pattern"]["stand_ins"] == {}
     assert receipt["pattern"]["seams"]["12"] == "m2rnn in a Mamba slot"
     assert receipt["auxiliary_losses"]["dsa_indexer"] == 0.001
-    assert receipt["auxiliary_losses"]["stp"]["taps"] == receipt["taps_fed"] == [6, 12]
+    assert receipt["auxiliary_losses"]["stp"]["taps"] == receipt["collected"]["taps"] == [6, 12]
+    # Layers of experts and of sparse attention are on both stages.
+    assert receipt["collected"]["auxiliary"] == {"indexer loss": [0, 1], "load_balancing_loss": [0, 1]}
+    assert receipt["windows"] == {"dormant": [1, 3], "warming": None, "active": [4, 6]}
+    assert receipt["stp_iterations"] == {"dormant": 3, "warming": 0, "active": 3, "without_a_span": 0}
+    records = read_metrics(run[0] / "metrics.jsonl")
+    totals = receipt["totals"]
+    assert (totals["iterations"], totals["tokens"], totals["skipped_iterations"]) == (6, 6 * 8 * 64, 0)
+    assert totals["training_time_s"] == pytest.approx(sum(record["step_time_s"] for record in records))
+    assert 0 < totals["goodput"] <= records[-1]["goodput"]
+    assert receipt["best"] == min(receipt["validation"], key=lambda found: found["lm_loss"])
+    assert receipt["code"]["version"] and len(receipt["code"]["sha256"]) == len(receipt["weights_sha256"]) == 64
     assert receipt["recipe"]["provenance"] == "project-defined"
     (patch,) = receipt["patches"]
     assert (patch["id"], patch["state"], receipt["allowed_unreviewed"]) == ("dataset-helpers", "active", [])
@@ -85,8 +103,12 @@ def test_the_receipt_answers_its_questions(run):
     assert receipt["substrate"]["packages"]["megatron-core"].startswith("0.19.")
     assert sum(receipt["parameters"]["by_pipeline_rank"]) == receipt["parameters"]["total"] > 0
     assert load(run, "patches.json").keys() == {"0", "1"}
-    assert load(run, "exit.json") == {"status": 0, "torchrun_returncode": 0, "signal": None}
+    assert load(run, "exit.json") == receipt["exit"] == {"status": 0, "torchrun_returncode": 0, "signal": None}
     assert load(run, "env.json")["OMP_NUM_THREADS"] == "1"
+
+
+def test_what_it_left_fits_the_schemas(run):
+    require_run_fits(run[0])
 
 
 def test_nothing_of_the_machine_is_in_the_receipt(run):

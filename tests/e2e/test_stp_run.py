@@ -5,7 +5,9 @@ import json
 import pytest
 
 from megacpp_stp.runs.metrics import read_metrics
+from megacpp_stp.training.writers import OF_THE_RUN
 from tests.e2e.test_plugin import scalars
+from tests.unit.test_runs_schema import require_run_fits
 
 KEYS = (
     "stp.taps=[{family: A, last: 1}, final, final-norm]",
@@ -47,7 +49,9 @@ def test_every_tap_is_measured_by_its_name_and_family(full_run):
         assert record["stp_straightness_by_family"] == by_family
         assert record["stp_valid_fraction"] > 0.9
     receipt = json.loads((directory / "receipt.json").read_text())
-    assert receipt["taps_fed"] == [9, 12, "final-norm"]
+    assert receipt["collected"]["taps"] == [9, 12, "final-norm"]
+    assert receipt["windows"] == {"dormant": [1, 2], "warming": [3, 4], "active": [5, 6]}
+    assert receipt["stp_iterations"] == {"dormant": 2, "warming": 2, "active": 2, "without_a_span": 0}
 
 
 def test_the_loss_was_computed_without_logits_and_is_the_same(full_run, run):
@@ -58,7 +62,7 @@ def test_the_loss_was_computed_without_logits_and_is_the_same(full_run, run):
     assert (sparse["id"], sparse["state"]) == ("dsa-memory", "active")
     assert list(sparse["called_on_ranks"].values()) == [[0, 1]]  # a sparse layer on each
     plain = read_metrics(run[0] / "metrics.jsonl")
-    assert "fused_cross_entropy" not in json.loads((run[0] / "receipt.json").read_text())
+    assert json.loads((run[0] / "receipt.json").read_text())["fused_cross_entropy"] is None
     for mine, theirs in zip(records[:2], plain[:2], strict=True):  # then the gates differ
         # Keys of equal score are chosen otherwise, so that it is not to the last digit.
         assert mine["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-3)
@@ -83,3 +87,18 @@ def test_the_board_shows_what_the_metrics_say(full_run):
     assert board["stp weight"] == pytest.approx([record["stp_weight"] for record in records])
     assert board["stp loss"] == pytest.approx([record["stp_loss"] for record in records], rel=1e-6)
     assert len(board["stp effective rank/12"]) == 3
+    for name, tag in OF_THE_RUN.items():
+        said = [record[name] for record in records if record[name] is not None]
+        assert board.get(tag, []) == pytest.approx(said, rel=1e-6), tag
+    for name, tag in (("lm_loss", "lm loss"), ("grad_norm", "grad-norm"), ("loss_scale", "loss-scale")):
+        assert board[tag] == pytest.approx([record[name] for record in records], rel=1e-6)
+    # Megatron writes the rate of the step to come.
+    assert board["learning-rate"][:-1] == pytest.approx([record["learning_rate"] for record in records[1:]], rel=1e-6)
+    assert all(len(values) <= len(records) for values in board.values())
+
+
+def test_what_it_left_fits_the_schemas(full_run, run):
+    require_run_fits(full_run[0])
+    digests = [json.loads((each / "receipt.json").read_text())["weights_sha256"] for each in (full_run[0], run[0])]
+    assert None not in digests
+    assert digests[0] != digests[1]

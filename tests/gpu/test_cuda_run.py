@@ -28,4 +28,4 @@ def test_a_run_on_gpus_completes(cli, dataset, tmp_path, stages, precision):  # 
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
     assert receipt["status"] == "complete"
     assert receipt["substrate"]["hardware"]["device"] == "cuda"
-    assert receipt["taps_fed"] == [6, 12]
+    assert receipt["collected"]["taps"] == [6, 12]

@@ -14,13 +14,21 @@ def heard_and_computed():
     """What the model and STP get of one batch, on this rank."""
     from megatron.core import parallel_state
 
+    from megacpp_stp.training.progress import Progress
     from megacpp_stp.training.step import ForwardStep
 
     heard, computed = [], []
     recorder = SimpleNamespace(
         begin_forward=lambda training: None, announce=lambda **facts: heard.append(facts), add_loss=lambda *a, **k: None
     )
-    step = ForwardStep(device=torch.device("cpu"), recorder=recorder, end_of_document=END, check_nan=True)
+    finite = SimpleNamespace(watch=lambda chunk: None)
+    step = ForwardStep(
+        device=torch.device("cpu"),
+        recorder=recorder,
+        end_of_document=END,
+        finite=finite,
+        progress=Progress(lambda: 0),
+    )
 
     def model(tokens, positions, mask, *, labels, loss_mask):
         computed.extend((tokens, positions, labels, loss_mask))

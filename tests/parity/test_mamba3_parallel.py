@@ -1,7 +1,7 @@
 """The Mamba-3 mixer on real ranks: alone against the reference, then cut over tensor and sequence parallelism.
 
-Legend: s sequence, b batch, h hidden, H heads, P channels of a head, G groups, N state channels, T tensor-parallel
-size.
+Legend: s sequence, b batch, h hidden, H heads, P channels of a head, G groups, N state channels, R inputs and outputs
+of a head at each step, T tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from tests.unit.test_model_torch_backend import make_config
 SEQUENCE, BATCH, HIDDEN = 22, 2, 32
 HEADS, HEAD_DIM, GROUPS, STATE = 8, 3, 4, 8
 ROTATIONS = [0.0, 0.5, 1.0]
+RANK = 3
+MIMO = {"mimo_x", "mimo_z", "mimo_o"}
 WHOLE_ON_EVERY_RANK = {"B_norm.weight", "C_norm.weight", "angle_proj.weight"}
 
 
@@ -48,20 +50,24 @@ def build_mixer(config: Any, **options: Any) -> Mamba3Mixer:
     return Mamba3Mixer(config, None, config.hidden_size, layer_number=1, pg_collection=groups, **options)
 
 
-def whole_parameters(*, rotation: float, groups: int = GROUPS, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def whole_parameters(
+    *, rotation: float, groups: int = GROUPS, rank: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """The layer's parameters, each from its name; none at a value where its gradient would be special."""
     pairs = int(STATE * rotation) // 2
     inner = HEADS * HEAD_DIM
+    biases = (HEADS, STATE) if rank == 1 else (HEADS, rank, STATE)
     shapes = {
-        "in_proj.weight": (2 * inner + 2 * groups * STATE + 3 * HEADS, HIDDEN),
+        "in_proj.weight": (2 * inner + 2 * groups * rank * STATE + 3 * HEADS, HIDDEN),
         "out_proj.weight": (HIDDEN, inner),
         "dt_bias": (HEADS,),
-        "B_bias": (HEADS, STATE),
-        "C_bias": (HEADS, STATE),
+        "B_bias": biases,
+        "C_bias": biases,
         "D": (HEADS,),
         "B_norm.weight": (STATE,),
         "C_norm.weight": (STATE,),
         **({"angle_proj.weight": (pairs, HIDDEN)} if pairs else {}),
+        **(dict.fromkeys(sorted(MIMO), (HEADS, rank, HEAD_DIM)) if rank > 1 else {}),
     }
     made = {}
     for name, shape in shapes.items():
@@ -73,7 +79,7 @@ def whole_parameters(*, rotation: float, groups: int = GROUPS, dtype: torch.dtyp
     return made
 
 
-def cut(name: str, whole: Tensor, groups: int = GROUPS) -> Tensor:
+def cut(name: str, whole: Tensor, groups: int = GROUPS, rank_of_mimo: int = 1) -> Tensor:
     """This rank's part of a whole parameter or of its gradient."""
     from megatron.core import parallel_state
 
@@ -83,14 +89,14 @@ def cut(name: str, whole: Tensor, groups: int = GROUPS) -> Tensor:
     if name == "out_proj.weight":
         return whole.chunk(size, dim=1)[rank]
     if name == "in_proj.weight":
-        inner = HEADS * HEAD_DIM
-        parts = whole.split([inner, inner, groups * STATE, groups * STATE, HEADS, HEADS, HEADS])
+        inner, keys = HEADS * HEAD_DIM, groups * rank_of_mimo * STATE
+        parts = whole.split([inner, inner, keys, keys, HEADS, HEADS, HEADS])
         return torch.cat([part.chunk(size)[rank] for part in parts])
     return whole.chunk(size)[rank]
 
 
-def load(mixer: Mamba3Mixer, parameters: dict[str, Tensor], groups: int = GROUPS) -> None:
-    mixer.load_state_dict({name: cut(name, whole, groups) for name, whole in parameters.items()}, strict=True)
+def load(mixer: Mamba3Mixer, parameters: dict[str, Tensor], groups: int = GROUPS, rank: int = 1) -> None:
+    mixer.load_state_dict({name: cut(name, whole, groups, rank) for name, whole in parameters.items()}, strict=True)
 
 
 def hidden_and_cotangent(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -100,9 +106,9 @@ def hidden_and_cotangent(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
     )
 
 
-def reference_results(rotation: float, groups: int = GROUPS) -> dict[str, Tensor]:
+def reference_results(rotation: float, groups: int = GROUPS, rank: int = 1) -> dict[str, Tensor]:
     """Output, and gradients of the hidden states and of every parameter, in fp64."""
-    parameters = whole_parameters(rotation=rotation, groups=groups, dtype=torch.float64)
+    parameters = whole_parameters(rotation=rotation, groups=groups, rank=rank, dtype=torch.float64)
     hidden, cotangent = hidden_and_cotangent(torch.float64)
     leaves = {"hidden": hidden, **parameters}
     for leaf in leaves.values():
@@ -112,15 +118,15 @@ def reference_results(rotation: float, groups: int = GROUPS) -> dict[str, Tensor
     return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def mixer_results(rotation: float, changes: dict[str, Any], groups: int = GROUPS) -> dict[str, float]:
+def mixer_results(rotation: float, changes: dict[str, Any], groups: int = GROUPS, rank: int = 1) -> dict[str, float]:
     """Relative error of this rank's output and gradients to the reference, after Megatron's DDP and finalize."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel.schedules import custom_backward
 
     config = mamba_config(mamba_num_groups=groups, **changes)
-    mixer = build_mixer(config, chunk_size=4, rope_fraction=rotation)
-    load(mixer, whole_parameters(rotation=rotation, groups=groups), groups)
+    mixer = build_mixer(config, chunk_size=4, rope_fraction=rotation, mimo_rank=rank)
+    load(mixer, whole_parameters(rotation=rotation, groups=groups, rank=rank), groups, rank)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), mixer)
     model.zero_grad_buffer()
 
@@ -136,12 +142,12 @@ def mixer_results(rotation: float, changes: dict[str, Any], groups: int = GROUPS
     custom_backward((out * cotangent).sum(), None)
     finalize_model_grads([model])
 
-    wanted = reference_results(rotation, groups)
+    wanted = reference_results(rotation, groups, rank)
     found = {"out": out, "hidden": hidden.grad, **{n: p.main_grad for n, p in mixer.named_parameters()}}
     assert found.keys() == wanted.keys()
     errors = {}
     for name, value in found.items():
-        want = shard(wanted[name]) if name in ("out", "hidden") else cut(name, wanted[name], groups)
+        want = shard(wanted[name]) if name in ("out", "hidden") else cut(name, wanted[name], groups, rank)
         assert value.shape == want.shape, name
         assert float(want.abs().max()) > 0, name
         errors[name] = float((value.double() - want).norm() / want.norm())
@@ -164,9 +170,11 @@ LAYOUTS = {
 
 def one_rank_facts(checkpoint: str) -> dict[str, Any]:
     save(checkpoint)
+    save(checkpoint + "-mimo", RANK)
     return {
         "errors": each_rotation(LAYOUTS["one rank"]),
         "groups": {groups: mixer_results(0.5, {}, groups) for groups in (1, 2, 8)},
+        "mimo": [mixer_results(0.5, {}, groups, RANK) for groups in (1, GROUPS)],
         "initial": initial_facts(),
         "layer": layer_facts(),
         "bf16": bf16_facts(),
@@ -196,8 +204,15 @@ def test_mixer_with_other_numbers_of_groups_equals_the_reference(facts, groups):
     assert max(facts["groups"][groups].values()) < 1e-5
 
 
+def test_mixer_with_several_inputs_and_outputs_equals_the_reference(facts):
+    for errors in facts["mimo"]:
+        assert len(errors) == 11 + len(MIMO)
+        assert max(errors.values()) < 1e-5, errors
+
+
 def initial_facts() -> dict[str, Any]:
     torch.manual_seed(5)
+    several = build_mixer(mamba_config(params_dtype=torch.bfloat16), rope_fraction=0.5, mimo_rank=RANK)
     mixer = build_mixer(mamba_config(mamba_num_heads=512, params_dtype=torch.bfloat16), rope_fraction=0.5)
     parameters = dict(mixer.named_parameters())
     return {
@@ -209,6 +224,9 @@ def initial_facts() -> dict[str, Any]:
         "cut": {name for name, p in parameters.items() if getattr(p, "tensor_model_parallel", False)},
         "parts": mixer.in_proj.weight.partition_sizes,
         "fp32": mixer.fp32_parameters,
+        "mimo": {
+            name: (p.dtype, p.unique().tolist()) for name, p in several.bfloat16().named_parameters() if name in MIMO
+        },
     }
 
 
@@ -229,6 +247,11 @@ def test_parameters_and_their_initial_values(facts):
     fp32 = {name for name, dtype in found["dtypes"].items() if dtype == torch.float32}
     assert fp32 == set(found["fp32"]) == {"dt_bias", "B_bias", "C_bias", "D"}
     assert found["ones"] == {"B_bias", "C_bias", "D", "B_norm.weight", "C_norm.weight"}
+    assert found["mimo"] == {
+        "mimo_x": (torch.float32, pytest.approx([1 / RANK])),
+        "mimo_z": (torch.float32, [1.0]),
+        "mimo_o": (torch.float32, pytest.approx([1 / RANK])),
+    }
     assert found["cut"] == found["shapes"].keys() - WHOLE_ON_EVERY_RANK
     assert sum(found["parts"]) == found["shapes"]["in_proj.weight"][0]
     # Log-uniform in [0.001, 0.1]: the ends are reached, and the median is 0.01.
@@ -332,6 +355,7 @@ def refusals() -> dict[str, str]:
     found["rotation"] = refusal(lambda: build_mixer(mamba_config(), rope_fraction=0.25))
     found["pairs"] = refusal(lambda: build_mixer(mamba_config(mamba_state_dim=2), rope_fraction=0.5))
     found["chunk"] = refusal(lambda: build_mixer(mamba_config(), chunk_size=0))
+    found["inputs"] = refusal(lambda: build_mixer(mamba_config(), mimo_rank=0))
     mixer, hidden = build_mixer(mamba_config()), hidden_and_cotangent()[0]
     found["inference"] = refusal(lambda: mixer(hidden, inference_context=object()))
     found["packed"] = refusal(lambda: mixer(hidden, packed_seq_params=object()))
@@ -349,6 +373,7 @@ def refusals() -> dict[str, str]:
         ("rotation", "rope_fraction"),
         ("pairs", "too few state channels"),
         ("chunk", "chunk_size"),
+        ("inputs", "mimo_rank"),
         ("inference", "no inference"),
         ("packed", "no packed sequences"),
         ("cache", "no inference"),
@@ -376,7 +401,9 @@ def two_rank_facts(checkpoint: str) -> dict[str, Any]:
     mixer = build_mixer(mamba_config(**changes), rope_fraction=0.5)
     return {
         "errors": {name: each_rotation(LAYOUTS[name]) for name in ("tensor", "tensor and sequence")},
+        "mimo": [mixer_results(0.5, LAYOUTS[name], rank=RANK) for name in ("tensor", "tensor and sequence")],
         "loaded": load_cut(checkpoint),
+        "loaded mimo": load_cut(checkpoint + "-mimo", RANK),
         "refused": refusal(lambda: build_mixer(mamba_config(mamba_num_groups=1, **changes))),
         "initial": {name: p.detach().clone() for name, p in mixer.named_parameters()},
     }
@@ -396,6 +423,13 @@ def test_cut_mixer_equals_the_reference(two_ranks, layout, rotation):
         assert max(errors.values()) < 1e-5, errors
 
 
+def test_cut_mixer_with_several_inputs_and_outputs_equals_the_reference(two_ranks):
+    for rank in two_ranks:
+        for errors in rank["mimo"]:
+            assert len(errors) == 11 + len(MIMO)
+            assert max(errors.values()) < 1e-5, errors
+
+
 def test_groups_that_the_ranks_do_not_divide_are_refused(two_ranks):
     for rank in two_ranks:
         assert "1 groups, 2 ranks" in rank["refused"]
@@ -412,28 +446,29 @@ def test_ranks_start_alike_where_they_are_alike_and_apart_where_they_are_not(two
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def save(directory: str) -> None:
+def save(directory: str, rank: int = 1) -> None:
     from megatron.core import dist_checkpointing
 
-    mixer = build_mixer(mamba_config(), rope_fraction=0.5)
-    load(mixer, whole_parameters(rotation=0.5))
+    mixer = build_mixer(mamba_config(), rope_fraction=0.5, mimo_rank=rank)
+    load(mixer, whole_parameters(rotation=0.5, rank=rank), rank=rank)
     Path(directory).mkdir()
     # The writer starts a process of its own, which a daemon may not.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     dist_checkpointing.save(mixer.sharded_state_dict(prefix="mixer."), directory)
 
 
-def load_cut(directory: str) -> dict[str, bool]:
+def load_cut(directory: str, rank: int = 1) -> dict[str, bool]:
     """For each parameter, whether what came back is this rank's part of the whole."""
     from megatron.core import dist_checkpointing
 
-    mixer = build_mixer(mamba_config(tensor_model_parallel_size=2), rope_fraction=0.5)
+    mixer = build_mixer(mamba_config(tensor_model_parallel_size=2), rope_fraction=0.5, mimo_rank=rank)
     loaded = dist_checkpointing.load(mixer.sharded_state_dict(prefix="mixer."), directory)
     mixer.load_state_dict({name.removeprefix("mixer."): value for name, value in loaded.items()}, strict=True)
-    whole = whole_parameters(rotation=0.5)
-    return {name: torch.equal(p, cut(name, whole[name])) for name, p in mixer.named_parameters()}
+    whole = whole_parameters(rotation=0.5, rank=rank)
+    return {name: torch.equal(p, cut(name, whole[name], rank_of_mimo=rank)) for name, p in mixer.named_parameters()}
 
 
 def test_a_checkpoint_of_one_rank_loads_on_two(two_ranks):
     for rank in two_ranks:
         assert rank["loaded"] == dict.fromkeys(whole_parameters(rotation=0.5), True)
+        assert rank["loaded mimo"] == dict.fromkeys(whole_parameters(rotation=0.5, rank=RANK), True)

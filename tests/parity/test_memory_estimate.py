@@ -52,6 +52,7 @@ VARIANTS = {
     "fp32 mamba3": (*COMMON, MAMBA3),
     "bf16 mamba3": (*BF16, MAMBA3),
     "bf16 mamba3, rotated": (*BF16, MAMBA3.replace("false", "true")),
+    "bf16 mamba3, several inputs": (*BF16, MAMBA3.replace("mimo_rank: 1", "mimo_rank: 4")),
     "fp32 m2rnn": (*COMMON, M2RNN),
     "bf16 m2rnn": (*BF16, M2RNN),
     "bf16 prediction": (*BF16, PREDICTION),

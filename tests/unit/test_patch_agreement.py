@@ -87,6 +87,7 @@ def test_a_receipt_says_who_called_and_what_was_not_reviewed():
         "id": "dataset-helpers",
         "state": "active",
         "reviewed_at": "0.19.2",
+        "probe": "error 1e-7",
         "called_on_ranks": {HELPERS: [0]},
     }
     (loud,) = patch_facts([[record(unreviewed=["a:b"], reviewed_at=None)]])
@@ -94,6 +95,7 @@ def test_a_receipt_says_who_called_and_what_was_not_reviewed():
         "id": "dataset-helpers",
         "state": "active, unreviewed",
         "reviewed_at": None,
+        "probe": "error 1e-7",
         "unreviewed": ["a:b"],
     }
 

@@ -112,6 +112,9 @@ CHECKS = {
     "minItems": lambda value, node, root, where: (
         [f"{where}: too short"] if isinstance(value, list) and len(value) < node["minItems"] else []
     ),
+    "maxItems": lambda value, node, root, where: (
+        [f"{where}: too long"] if isinstance(value, list) and len(value) > node["maxItems"] else []
+    ),
     "minimum": bound("minimum", lambda value, limit: value >= limit),
     "maximum": bound("maximum", lambda value, limit: value <= limit),
     "exclusiveMinimum": bound("exclusiveMinimum", lambda value, limit: value > limit),
@@ -212,6 +215,9 @@ def test_the_schema_is_for_files_and_names_no_host():
         ("training.recompute", {"granularity": "selective", "modules": ["all"]}),
         ("training.precision", "fp8"),
         ("optimizer.beta1", 1.0),
+        ("launch.environment", {"lower": 1}),
+        ("launch.environment", {"NAME": [1]}),
+        ("launch.environment", {"NAME": True}),
         ("name", "Not A Name"),
         ("schema_version", 2),
         ("optimizer", None),

@@ -90,7 +90,7 @@ def test_a_bf16_model_without_fp32_parameters_can_be_saved_by_any_optimizer():
 
 
 def tail(launch):
-    command = launch.command()
+    command = launch.command(launch.start())
     return command[command.index("--nam-run-dir") + 2 :]
 
 
@@ -107,7 +107,8 @@ def test_only_a_run_says_where_it_saves_and_loads(tmp_path):
 def test_a_rank_takes_these_options_beside_the_plans(tmp_path, from_iteration):
     plan = plan_of()
     write_json(tmp_path / "plan.json", plan.as_dict())
-    command = Launch(plan=plan, run_dir=tmp_path, from_iteration=from_iteration).command()
+    launch = Launch(plan=plan, run_dir=tmp_path, from_iteration=from_iteration)
+    command = launch.command(launch.start())
     argv = command[command.index("-m", 3) + 2 :]
     assert read_plan(argv)["digest"] == plan.digest
     with pytest.raises(UserError, match="differ from the plan's"):
@@ -181,7 +182,7 @@ def test_a_journal_goes_on_where_it_was(going_on):
     journal = Journal(going_on.directory, going_on.plan)
     journal.record({"iteration": 5, "lm_loss": 2.25})
     journal.validation({"iteration": 5, "lm_loss": 3.0, "bits_per_byte": 1.5})
-    journal.failed(RuntimeError("x"), kind="crash")
+    journal.failed(RuntimeError("x"))
     lines = (going_on.directory / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [4, 5]
     receipt = read_receipt(going_on.directory)
@@ -191,7 +192,7 @@ def test_a_journal_goes_on_where_it_was(going_on):
 
 
 def test_one_that_ends_before_its_first_iteration_has_done_what_was_done_before(going_on):
-    Journal(going_on.directory, going_on.plan).failed(RuntimeError("x"), kind="crash")
+    Journal(going_on.directory, going_on.plan).failed(RuntimeError("x"))
     assert read_receipt(going_on.directory)["iterations_done"] == 4
 
 

@@ -1,0 +1,406 @@
+"""``training.health``: from the recipe's keys to the words of a run that its own numbers or a wait have ended."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from megacpp_stp.errors import UserError
+from megacpp_stp.plan import build_plan
+from megacpp_stp.plan.changes import check_changes
+from megacpp_stp.plan.health import NO_CHECKS
+from megacpp_stp.preflight.inputs import check_arguments
+from megacpp_stp.recipe import load_recipe
+from megacpp_stp.runs.failures import first_failure, report_failure
+from megacpp_stp.runs.hangs import HangReport, hang_text, ranks_text, write_report
+from megacpp_stp.runs.totals import Totals
+from megacpp_stp.stp.meter import Meter
+from megacpp_stp.training.finite import Finite, NonFinite
+from megacpp_stp.training.gradients import GradientCheck, parameter_names
+from megacpp_stp.training.stacks import collective_of, position
+from megacpp_stp.training.watchdog import Hang
+
+SKIP = "training.health={nonfinite: skip, most_skipped: 3, hang_minutes: 10}"
+
+
+def plan_of(*overrides):
+    return build_plan(load_recipe("nam56r-tiny", overrides), device="cpu")
+
+
+# --- the recipe ---
+
+
+@pytest.mark.parametrize(
+    ("minutes", "limit"), [("10", "31"), ("0.05", "31"), ("30", "31"), ("30.5", "32"), ("90", "91"), ("10080", "10081")]
+)
+def test_megatrons_own_limit_is_the_later_one(minutes, limit):
+    argv = plan_of(f"training.health.hang_minutes={minutes}").argv
+    assert argv[argv.index("--distributed-timeout-minutes") + 1] == limit
+
+
+def test_upstreams_checks_are_off_only_where_steps_are_skipped():
+    stop, skip = plan_of(), plan_of(SKIP)
+    assert NO_CHECKS not in stop.argv
+    assert skip.argv.count(NO_CHECKS) == 1
+    assert "NaN checks on" in check_arguments(stop)
+    assert "NaN checks ours" in check_arguments(skip)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (("training.health.nonfinite=skip",), "training.health.most_skipped"),
+        (("training.health.most_skipped=3",), "training.health.most_skipped"),
+        ((SKIP, "training.health.most_skipped=0"), "training.health.most_skipped"),
+        (("training.health.hang_minutes=0",), "training.health.hang_minutes"),
+        (("training.health.hang_minutes=null",), "training.health.hang_minutes"),
+        (("training.health.nonfinite=warn",), "training.health.nonfinite"),
+        (("megatron.distributed-timeout-minutes=5",), "megatron.distributed-timeout-minutes"),
+        (("megatron.distributed-timeout-minutes=500",), "megatron.distributed-timeout-minutes"),
+    ],
+)
+def test_what_says_nothing_or_two_things_is_refused(overrides, field):
+    with pytest.raises(UserError) as caught:
+        plan_of(*overrides)
+    assert caught.value.field.endswith(field)
+    assert caught.value.fix
+
+
+def test_a_run_may_go_on_with_another_policy():
+    """For what ended it."""
+    check_changes(plan_of().as_dict(), plan_of(SKIP).as_dict(), allowed=True)
+
+
+# --- what a rank sees ---
+
+
+class Optimizer:
+    """With fp16's scale."""
+
+    def __init__(self, scale):
+        self.scale, self.steps, self.norm = scale, 0, 1.0
+
+    def scale_loss(self, loss):
+        return loss
+
+    def get_loss_scale(self):
+        return torch.tensor([self.scale])
+
+    def step(self):
+        self.steps += 1
+        return True, self.norm, None
+
+
+class Group:
+    """Of gradients that are reduced together, as Megatron's DDP has it."""
+
+    def __init__(self, parameters, *, upstream):
+        self.reduced = 0
+        self.ddp_config = SimpleNamespace(check_for_nan_in_grad=upstream)
+        self.buckets = [SimpleNamespace(params=parameters, params_with_extra_main_grads=[], grad_data=torch.zeros(()))]
+
+    def fill(self, value):
+        for parameter in self.buckets[0].params:
+            parameter.main_grad = torch.full((2,), value)
+        self.buckets[0].grad_data = torch.full((4,), value)
+
+    def start_grad_sync(self, force_all_reduce=False):
+        if self.ddp_config.check_for_nan_in_grad and not self.buckets[0].grad_data.norm().isfinite():
+            raise RuntimeError("upstream's words")
+        self.reduced += 1
+
+
+class Model(nn.Module):
+    """Wrapped as Megatron wraps it: a layer with its global number, and one parameter outside of the layers."""
+
+    def __init__(self, *, upstream=False):
+        super().__init__()
+        layer = nn.Linear(1, 1, bias=False)
+        layer.layer_number = 7
+        inner = nn.Module()
+        inner.embedding = nn.Linear(1, 1, bias=False)
+        inner.decoder = nn.Module()
+        inner.decoder.layers = nn.ModuleList([layer])
+        self.module = nn.Module()
+        self.module.module = inner
+        self.bucket_groups = [Group(list(self.parameters()), upstream=upstream)]
+        self.expert_parallel_bucket_groups = []
+
+
+def test_parameters_are_named_with_the_global_number_of_their_layer():
+    assert list(parameter_names(Model()).values()) == ["embedding.weight", "decoder.layers.0.weight (layer 7)"]
+
+
+@pytest.mark.parametrize("upstream", [False, True])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1.0, None),
+        (
+            torch.nan,
+            "gradient is not finite on a stage: 2 of 2 parameters, the first embedding.weight, the last decoder",
+        ),
+        (
+            -torch.inf,
+            "gradient is not finite on a stage: 2 of 2 parameters, the first embedding.weight, the last decoder",
+        ),
+        (1e30, "norm of the gradient is not finite on a stage: its numbers are, the largest is in embedding.weight"),
+    ],
+)
+def test_gradients_are_looked_at_before_they_are_reduced(upstream, value, words):
+    model, found = Model(upstream=upstream), []
+    (group,) = model.bucket_groups
+    GradientCheck(wanted=lambda: True, found=found.append).watch(model, stage="a stage")
+    group.fill(value)
+    if upstream and words:
+        with pytest.raises(RuntimeError, match="upstream's words"):
+            group.start_grad_sync(force_all_reduce=True)
+    else:
+        group.start_grad_sync(force_all_reduce=True)
+        assert group.reduced == 1
+    assert [text[: len(words)] for text in found] == ([words] if words else [])
+
+
+def test_an_error_of_the_reduction_itself_stays_one():
+    model, found = Model(upstream=True), []
+    (group,) = model.bucket_groups
+
+    def broken(**kwargs):
+        raise RuntimeError("connection closed")
+
+    group.start_grad_sync = broken
+    GradientCheck(wanted=lambda: True, found=found.append).watch(model, stage="a stage")
+    group.fill(1.0)
+    with pytest.raises(RuntimeError, match="connection closed"):
+        group.start_grad_sync()
+    assert found == []
+
+
+class Seen:
+    """A rank's eyes on a model of one group of gradients, alone in its world."""
+
+    def __init__(self, monkeypatch, *, most_skipped=None, scale=None, lowest=None, in_a_row=0):
+        monkeypatch.setattr("megacpp_stp.training.finite._stage", lambda chunk: f"stage {chunk}")
+        monkeypatch.setattr("megacpp_stp.training.finite.gather", lambda value: [value])
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+        self.optimizer = Optimizer(1.0 if scale is None else scale)
+        self.config = SimpleNamespace(finalize_model_grads_func=self._reduce, grad_scale_func=self.optimizer.scale_loss)
+        self.finite = Finite(
+            device=torch.device("cpu"),
+            iteration=lambda: 4,
+            most_skipped=most_skipped,
+            in_a_row=in_a_row,
+            lowest_scale=lowest,
+        )
+        self.finite.install(self.config)
+        self.model = Model()
+
+    def _reduce(self, model):
+        for group in model[0].bucket_groups:
+            group.start_grad_sync()
+
+    def step(self, gradient=1.0):
+        self.finite.watch(self.model)
+        self.finite.loss(torch.ones(()), training=True)
+        self.model.bucket_groups[0].fill(gradient)
+        self.config.finalize_model_grads_func([self.model])
+        return self.optimizer.step()[0]
+
+
+def test_steps_in_a_row_are_counted_and_one_too_many_ends_the_run(monkeypatch, capsys):
+    seen = Seen(monkeypatch, most_skipped=2)
+    nan = torch.nan
+    assert [seen.step(value) for value in (1.0, nan, nan, 1.0, nan, nan)] == [True, False, False, True, False, False]
+    assert seen.optimizer.steps == 2
+    assert capsys.readouterr().err.count("iteration 5 is skipped: rank 0: gradient is not finite on stage 0") == 4
+    with pytest.raises(NonFinite, match=r"^iteration 5: rank 0: gradient is not.*; 2 steps in a row were skipped"):
+        seen.step(nan)
+
+
+def test_the_row_goes_on_after_a_restart(monkeypatch):
+    with pytest.raises(NonFinite):
+        Seen(monkeypatch, most_skipped=2, in_a_row=2).step(torch.nan)
+
+
+@pytest.mark.parametrize("most_skipped", [None, 1])
+def test_an_overflow_of_fp16_is_left_to_the_scale_until_that_cannot_fall(monkeypatch, most_skipped):
+    seen = Seen(monkeypatch, most_skipped=most_skipped, scale=8.0, lowest=1.0)
+    for seen.optimizer.scale in (8.0, 2.0):
+        assert seen.step(torch.inf)  # upstream's optimizer, which would refuse it, was asked
+    seen.optimizer.scale = 1.0
+    if most_skipped:
+        assert not seen.step(torch.inf)
+        assert seen.finite.told({"lm_loss": 2.0, "tokens": 3}) == {"nonfinite": "gradient", "lm_loss": None}
+    else:
+        with pytest.raises(NonFinite, match="^iteration 5: gradient is not finite on stage 0"):
+            seen.step(torch.inf)
+
+
+@pytest.mark.parametrize("most_skipped", [None, 1])
+def test_a_norm_that_only_the_reduction_spoils_ends_the_run(monkeypatch, most_skipped):
+    """The step is taken by then, and cannot be skipped."""
+    seen = Seen(monkeypatch, most_skipped=most_skipped)
+    seen.optimizer.norm = float("inf")
+    with pytest.raises(NonFinite, match="norm of the reduced gradient is inf"):
+        seen.step()
+
+
+@pytest.mark.parametrize("most_skipped", [None, 1])
+def test_an_evaluation_that_is_not_finite_ends_the_run(monkeypatch, most_skipped):
+    with pytest.raises(NonFinite, match="^iteration 5: lm loss of the evaluation after it is nan$"):
+        Seen(monkeypatch, most_skipped=most_skipped).finite.loss(torch.tensor(torch.nan), training=False)
+
+
+def test_a_gradient_is_told_by_the_stp_loss_that_spoils_it(monkeypatch):
+    seen = Seen(monkeypatch)
+    meter = Meter([3, 0, 5])
+    one = torch.ones(())
+    for tap, loss in ((3, one), (0, one * torch.nan)):
+        meter.add(tap, loss=loss, valid=one, triples=1)
+    assert meter.nonfinite() == (0,)
+    seen.finite.observe_stp(SimpleNamespace(meter=meter))
+    with pytest.raises(NonFinite, match="^iteration 5: STP loss after final-norm is not finite$") as caught:
+        seen.step(torch.nan)
+    assert caught.value.cause == "stp_loss"
+
+
+def test_totals_count_them_and_the_row_they_stand_in():
+    ok, bad = {"skipped": False}, {"skipped": True, "nonfinite": "gradient"}
+    overflow = {"skipped": True, "nonfinite": None}
+    totals = Totals(started="1970-01-01T00:01:40+00:00", records=[bad, ok, bad, overflow])
+    assert totals.nonfinite_in_a_row == 1
+    found = totals.after(bad, now=200.0)
+    assert (found["skipped_iterations"], found["nonfinite_iterations"]) == (4, 3)
+    assert totals.nonfinite_in_a_row == 2
+
+
+# --- the words of several ranks ---
+
+
+def test_of_several_ranks_the_cause_is_told(tmp_path):
+    """Not what followed from it, though that was written first."""
+    report_failure(tmp_path, rank=2, error=NonFinite("iteration 5: gradient is not finite", cause="gradient"))
+    report_failure(tmp_path, rank=3, error=NonFinite("iteration 5: lm loss is nan", cause="lm_loss"))
+    report_failure(tmp_path, rank=0, error=RuntimeError("Connection closed by peer"))
+    found = first_failure(tmp_path)
+    assert (found["kind"], found["rank"]) == ("nonfinite", 3)
+    assert found["text"] == "rank 3: iteration 5: lm loss is nan; rank 2 too"
+
+
+def test_what_all_ranks_agreed_on_is_told_once(tmp_path):
+    text = "iteration 5: rank 1: lm loss of microbatch 1 is not finite; 2 steps in a row were skipped"
+    for rank in (0, 1):
+        report_failure(tmp_path, rank=rank, error=NonFinite(text, cause="lm_loss", agreed=True))
+    assert first_failure(tmp_path)["text"] == text
+
+
+def test_a_crash_that_came_first_stays_first(tmp_path):
+    report_failure(tmp_path, rank=0, error=ValueError("x"))
+    report_failure(tmp_path, rank=1, error=NonFinite("y", cause="gradient"))
+    assert first_failure(tmp_path)["text"] == "rank 0: ValueError: x"
+
+
+def reported(directory, **ranks):
+    """Reports of ranks, as ``rank_2=("data", 7, None)``: phase, iteration, collective."""
+    for name, (phase, iteration, collective) in ranks.items():
+        report = HangReport(
+            rank=int(name.removeprefix("rank_")),
+            world_size=4,
+            place={},
+            phase=phase,
+            iteration=iteration,
+            microbatch=None,
+            seconds=612.4,
+            collective=collective,
+            where="next_batch (data.py:40)",
+            frames=(),
+        )
+        write_report(directory, report)
+
+
+WAITS = ("backward", 7, "all_reduce")
+SAID = {
+    "one is elsewhere": (
+        {"rank_0": WAITS, "rank_1": ("data", 7, None), "rank_2": WAITS, "rank_3": WAITS},
+        "rank 1 stopped in data of iteration 7 at next_batch (data.py:40); "
+        "ranks 0, 2, 3 wait in all_reduce (backward of iteration 7)",
+    ),
+    "one is silent": (
+        {"rank_0": WAITS, "rank_1": WAITS, "rank_2": WAITS},
+        "rank 3 said nothing: its process is stopped or gone; ranks 0-2 wait in all_reduce (backward of iteration 7)",
+    ),
+    "one waits for something else": (
+        {"rank_0": WAITS, "rank_1": WAITS, "rank_2": ("optimizer", 6, "all_gather"), "rank_3": WAITS},
+        "rank 2 waits in all_gather (optimizer of iteration 6); "
+        "ranks 0, 1, 3 wait in all_reduce (backward of iteration 7)",
+    ),
+    "all wait for the same": (
+        {f"rank_{rank}": WAITS for rank in range(4)},
+        "ranks 0-3 wait in all_reduce (backward of iteration 7); no rank differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_who_differs_from_the_rest_is_told_first(tmp_path, case):
+    ranks, text = SAID[case]
+    reported(tmp_path, **ranks)
+    report_failure(tmp_path, rank=0, error=Hang("stopped"))
+    assert hang_text(tmp_path) == first_failure(tmp_path)["text"] == f"no progress for 612 s: {text}"
+
+
+def test_a_report_that_was_cut_off_is_left_out(tmp_path):
+    reported(tmp_path, rank_0=WAITS)
+    (tmp_path / "hang-1.json").write_text('{"rank": 1')
+    (tmp_path / "hang-2.json").write_text('{"rank": 2}')
+    assert "ranks 1-3 said nothing" in hang_text(tmp_path)
+    assert hang_text(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([3], "rank 3"), ([1, 0], "ranks 0, 1"), ([0, 1, 2, 7], "ranks 0-2, 7"), (range(512), "ranks 0-511")],
+)
+def test_ranks_in_words(ranks, text):
+    assert ranks_text(ranks) == text
+
+
+# --- stacks ---
+
+C10D, P2P = "torch/distributed/distributed_c10d.py", "megatron/core/pipeline_parallel/p2p_communication.py"
+LOGGER = "torch/distributed/c10d_logger.py"
+OURS = "megacpp_stp/training/recorder.py"
+
+
+@pytest.mark.parametrize(
+    ("stack", "collective"),
+    [
+        ([(C10D, "all_reduce"), (LOGGER, "wrapper"), (OURS, "_mean_over_ranks")], "all_reduce"),
+        (
+            [(C10D, "all_gather"), (C10D, "all_gather_object"), (LOGGER, "wrapper"), (OURS, "gather")],
+            "all_gather_object",
+        ),
+        ([(P2P, "_communicate"), (P2P, "recv_forward"), ("megatron/core/schedules.py", "f")], "recv_forward"),
+        ([(C10D, "wait"), ("megatron/core/buffer.py", "finish_grad_sync"), (OURS, "f")], "finish_grad_sync"),
+        ([(OURS, "next_batch"), (C10D, "all_reduce")], None),
+        ([("torch/_tensor.py", "item"), (OURS, "loss")], None),
+        ([], None),
+    ],
+)
+def test_the_collective_that_a_stack_waits_in(stack, collective):
+    lines = itertools.count(1)
+    assert collective_of([(name, function, next(lines)) for name, function in stack]) == collective
+
+
+def test_a_position_of_this_very_test():
+    """From a thread, as the watchdog asks: this one waits for it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(position).result()
+    assert found.collective is None
+    assert any("test_a_position_of_this_very_test (test_health.py:" in frame for frame in found.frames)
+    assert not any(frame.count("/") > 4 or frame.startswith("/") for frame in found.frames)

@@ -1,0 +1,248 @@
+"""What a launch starts, what a dry run says of it, and which options do not go together."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+
+import pytest
+
+from megacpp_stp.cli.app import run
+from megacpp_stp.plan import build_plan
+from megacpp_stp.plan.build import ENTRY_MODULE
+from megacpp_stp.recipe import load_recipe
+from megacpp_stp.runs.failures import first_failure, report_failure
+from megacpp_stp.runs.files import EXIT, read_json
+from megacpp_stp.runs.nodes import PeerEnd
+from megacpp_stp.runs.receipt import Receipt, plan_facts
+from megacpp_stp.training.closing import Outcome, close_run
+from megacpp_stp.training.last_words import last_words
+from megacpp_stp.training.launcher import Launch
+from megacpp_stp.training.torchrun import Node, run_torchrun, stop_signals
+
+TWO = ("launch.nodes=2", "launch.processes_per_node=1")
+SETS = tuple(token for item in TWO for token in ("--set", item))
+SEVERAL = (*SETS, "--run-dir", "x", "--node-rank", "1", "--rdzv-endpoint", "host:29500")
+
+
+def launch(tmp_path, *overrides, device="cpu", **more):
+    plan = build_plan(load_recipe("nam56r-tiny", overrides), device=device)
+    return Launch(plan=plan, run_dir=tmp_path / "run", **more)
+
+
+def line(launch):
+    """torchrun's own arguments, and the entry's."""
+    words = launch.command(launch.start())
+    place = words.index("-m", 3)
+    return words[:place], words[place:]
+
+
+def test_the_line_of_one_node(tmp_path):
+    one = launch(tmp_path)
+    torchrun, entry = line(one)
+    logs = tmp_path / "run" / "logs" / "attempt-1" / "node-0"
+    assert torchrun == [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--standalone"),
+        *("--max-restarts", "0", "--log-dir", str(logs), "--tee", "3", "--local-ranks-filter", "0,1"),
+        *("--log-line-prefix-template", "[rank ${rank}] "),
+    ]
+    assert entry[: 2 + len(one.plan.argv)] == ["-m", ENTRY_MODULE, *one.plan.argv]
+    torchrun, _ = line(launch(tmp_path, port=29500))
+    assert torchrun[7:13] == [
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29500", "--rdzv-id"),
+        f"run-{one.plan.digest[:12]}-1",
+    ]
+
+
+def test_the_lines_of_two_nodes(tmp_path):
+    def of(rank, **more):
+        node = Node(rank=rank, endpoint="host:29500", **more)
+        return line(launch(tmp_path, *TWO, node=node))
+
+    first, second = of(0), of(1, local_addr="10.0.0.2", timeout=30)
+    digest = launch(tmp_path, *TWO).plan.digest
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "host:29500", "--rdzv-id", f"run-{digest[:12]}-1"]
+    assert first[0][3:-8] == [
+        *("--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--rdzv-conf", "is_host=1,join_timeout=600"),
+        *("--max-restarts", "0"),
+    ]
+    assert second[0][3:-8] == [
+        *("--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--rdzv-conf", "is_host=0,join_timeout=30"),
+        *("--local-addr", "10.0.0.2", "--max-restarts", "0"),
+    ]
+    assert first[1] == second[1]
+    assert [words[0][words[0].index("--log-dir") + 1][-6:] for words in (first, second)] == ["node-0", "node-1"]
+    assert first[0][-3:] == ["0", "--log-line-prefix-template", "[rank ${rank}] "]  # one rank: the first is the last
+    assert "mine" in of(0, rdzv_id="mine")[0]
+
+
+def test_torchrun_takes_the_line(tmp_path):
+    """Its own parser, which knows each option by that name."""
+    from torch.distributed.run import parse_args
+
+    node = Node(rank=1, endpoint="host:29500", local_addr="10.0.0.2")
+    torchrun, entry = line(launch(tmp_path, *TWO, node=node))
+    args = parse_args([*torchrun[3:], *entry])
+    assert (args.nnodes, args.nproc_per_node, args.max_restarts, args.tee) == ("2", "1", 0, "3")
+    assert (args.rdzv_endpoint, args.local_addr, args.training_script) == ("host:29500", "10.0.0.2", ENTRY_MODULE)
+
+
+def tree(path):
+    return {found: (found.stat().st_mtime_ns, found.is_dir()) for found in path.rglob("*")}
+
+
+@pytest.mark.parametrize("form", ["table", "shell", "json"])
+@pytest.mark.parametrize("where", ["one node", "two nodes"])
+def test_a_dry_run_says_all_and_touches_nothing(tmp_path, monkeypatch, capsys, form, where):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    (tmp_path / "x.txt").write_text("there before")
+    before = tree(tmp_path)
+    more = SEVERAL if where == "two nodes" else ()
+    assert run(["launch", "nam56r-tiny", *more, "--dry-run", "--format", form]) == 0
+    assert tree(tmp_path) == before
+    said = capsys.readouterr()
+    assert "would be refused: NCCL_ALGO" in said.err
+    node = 1 if more else 0
+    if form == "json":
+        facts = json.loads(said.out)
+        assert facts["node"] == node
+        assert facts["environment"]["TRITON_CACHE_DIR"] == f"{facts['run_directory']}/cache/triton-{node}"
+        assert facts["command"][1:3] == ["-m", "torch.distributed.run"]
+        plan = build_plan(load_recipe("nam56r-tiny", TWO if more else ()))
+        assert (facts["argv"], facts["plan_digest"]) == (plan.argv, plan.digest)
+        names = {path.removeprefix(facts["run_directory"] + "/") for path in facts["files"]}
+        assert f"logs/attempt-1/node-{node}" in names
+        assert ("receipt.json" in names) == (node == 0)
+        assert ("nodes/1.json" in names) == bool(more)
+    elif form == "shell":
+        (text,) = said.out.splitlines()
+        words = shlex.split(text)
+        assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in words
+        assert words.index("torch.distributed.run") > words.index("PYTHONUNBUFFERED=1")
+    else:
+        assert f"writes: {'x' if more else 'runs/nam56r-tiny-'}" in said.out
+        assert "sets: TRITON_CACHE_DIR=" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*SETS,), "--node-rank: is needed"),
+        ((*SETS, "--node-rank", "0"), "--rdzv-endpoint: is needed"),
+        ((*SETS, "--node-rank", "0", "--rdzv-endpoint", "h:1"), "--run-dir: is needed"),
+        ((*SEVERAL[:-1], "host"), "--rdzv-endpoint: is not HOST:PORT"),
+        ((*SEVERAL[:-1], "host:99999"), "--rdzv-endpoint: is not HOST:PORT"),
+        ((*SEVERAL, "--node-rank", "2"), "--node-rank: is not below the plan's 2 nodes"),
+        ((*SEVERAL, "--port", "29500"), "--port: is for one node"),
+        ((*SEVERAL, "--nnodes", "3"), "--nnodes: does not fit the plan"),
+        (("--node-rank", "1"), "--node-rank: is for several nodes"),
+        (("--rdzv-endpoint", "host:1"), "--rdzv-endpoint: is for several nodes"),
+        (("--format", "json"), "--format: is for --dry-run"),
+        (("--script", "shell"), "--script: is for several nodes"),
+        (("--script", "slurm", "--device", "auto"), "--device: is found out on a node"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert run(["launch", "nam56r-tiny", *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_against_the_plan_is_refused_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    assert run(["launch", "nam56r-tiny", "--device", "cpu"]) == 2
+    assert "NVTE_FLASH_ATTN: is set to '0'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def directory(tmp_path):
+    Receipt.create(tmp_path, plan_facts(build_plan(load_recipe("nam56r-tiny"), device="cpu").as_dict()))
+    return tmp_path
+
+
+SILENT, TERMED = PeerEnd(node=1, status=None), PeerEnd(node=2, status=143, signal=15)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "status", "reason"),
+    [
+        (Outcome(torchrun=1), None, 1, "torchrun ended with status 1 and no rank said why"),
+        (Outcome(torchrun=0), None, 1, "torchrun ended with status 0 and no rank said why"),
+        (Outcome(torchrun=1), RuntimeError("boom"), 1, "rank 3: RuntimeError: boom"),
+        (
+            Outcome(torchrun=1, others={1: SILENT}),
+            RuntimeError("boom"),
+            1,
+            "rank 3: RuntimeError: boom; node 1 went silent",
+        ),
+        (Outcome(torchrun=1, ended_by=SILENT), None, 1, "node 1 went silent, and no rank said why"),
+        (Outcome(torchrun=1, signal=2), RuntimeError("boom"), 130, "ended by SIGINT"),
+        (Outcome(signal=15), None, 143, "ended by SIGTERM"),
+        (
+            Outcome(torchrun=1, ended_by=TERMED, others={1: SILENT, 2: TERMED}),
+            None,
+            143,
+            "ended by SIGTERM on node 2 of 3",
+        ),
+        (Outcome(torchrun=1, others={2: TERMED}), RuntimeError("boom"), 143, "ended by SIGTERM on node 2 of 2"),
+    ],
+)
+def test_how_a_run_ended_is_told_once(directory, outcome, error, status, reason):
+    if error is not None:
+        report_failure(directory, rank=3, error=error)
+    assert close_run(directory, outcome) == status
+    receipt = read_json(directory / "receipt.json")
+    assert (receipt["status"], receipt["reason"]) == ("incomplete", reason)
+    assert receipt["attempts"][-1]["exit_status"] == status
+    told = read_json(directory / EXIT)
+    assert told["status"] == status
+    assert told["signal"] == (signal.Signals(status - 128).name if status > 128 else None)
+    assert told.get("other_nodes", {}).keys() == {str(node) for node in outcome.others}
+
+
+def test_a_run_that_completed_ends_well(directory):
+    Receipt(directory).complete(iterations_done=1)
+    assert close_run(directory, Outcome(torchrun=0, others={1: PeerEnd(node=1, status=0)})) == 0
+    assert read_json(directory / "receipt.json")["reason"] is None
+
+
+def test_the_first_failing_rank_has_the_last_word(directory, monkeypatch):
+    folder = directory / "logs" / "attempt-1" / "node-1" / "id" / "attempt_0" / "1"
+    folder.mkdir(parents=True)
+    (folder / "stderr.log").write_text("early\n" + "\n" * 9 + "x\n" * 11 + "RuntimeError: \x1b[31mboom\n")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+    report_failure(directory, rank=3, error=RuntimeError("boom"))
+    time.sleep(0.01)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", os.devnull)
+    report_failure(directory, rank=0, error=RuntimeError("connection closed"))
+    lines = list(last_words(directory, logs=directory / "logs"))
+    assert lines[0] == "rank 3 failed first: RuntimeError: boom"
+    assert lines[1] == f"its output is in {folder}, and ends:"
+    assert len(lines) == 14
+    assert "early" not in "".join(lines)
+    assert "\x1b" not in lines[-1] and "boom" in lines[-1]
+    assert first_failure(directory)["logs"] == str(folder.relative_to(directory))
+
+
+def test_no_word_is_told_too(directory):
+    assert list(last_words(directory, logs=directory / "logs")) == [
+        f"no rank said why; their output is in {directory / 'logs'}"
+    ]
+
+
+def test_a_peer_or_a_signal_ends_the_ranks():
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with stop_signals() as signals:
+        began = time.monotonic()
+        assert run_torchrun(sleeper, os.environ, signals, must_end=lambda: True) == -signal.SIGTERM
+        assert signals.caught is None
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert run_torchrun(sleeper, os.environ, signals) == -signal.SIGTERM
+        assert signals.caught == signal.SIGHUP
+        assert time.monotonic() - began < 30
