@@ -112,7 +112,7 @@ parity: setup ## Print the STP parity cells with the errors that they reach, as 
 	@OMP_NUM_THREADS=1 "$(BIN)/python" -m tests.parity.table
 
 golden: setup ## Rewrite the golden files and the generated tables of the documents; read the diff before you commit
-	@"$(BIN)/pytest" -q -m "not slow and not gpu" tests/unit/test_plan.py tests/unit/test_family.py tests/unit/test_recipe_schema.py --update-golden
+	@"$(BIN)/pytest" -q -m "not slow and not gpu" tests/unit/test_plan.py tests/unit/test_family.py tests/unit/test_recipe_schema.py tests/unit/test_runs_schema.py tests/unit/test_launch_scripts.py --update-golden
 
 format: setup ## Apply ruff's safe fixes and its formatting
 	@"$(BIN)/ruff" check --fix .

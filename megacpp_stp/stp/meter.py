@@ -83,6 +83,13 @@ class Meter:
         row = torch.stack((loss * weight, weight, one, valid.to(torch.float64), one * triples))
         self._sums[tap] = self._sums[tap] + row if tap in self._sums else row
 
+    def nonfinite(self) -> tuple[int, ...]:
+        """The taps that read a loss on this rank which is no finite number; waits for the device."""
+        if not self._sums:
+            return ()
+        finite = torch.stack(list(self._sums.values())).isfinite().all(dim=1).tolist()
+        return tuple(tap for tap, fine in zip(self._sums, finite, strict=True) if not fine)
+
     def reset(self) -> None:
         """Forget the iteration so far."""
         self._sums.clear()
