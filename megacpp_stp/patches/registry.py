@@ -30,6 +30,7 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.patches.contract import Hits, Plan, ProbeFailed, Surface
 from megacpp_stp.patches.judge import State, judge
 from megacpp_stp.patches.ledger import Entry, checked, find_entry, load_ledger
+from megacpp_stp.patches.loaded import foreign
 from megacpp_stp.patches.mechanics import Applied, apply, prove, refuse_with_a_model, restore
 from megacpp_stp.patches.places import MARK, Place, Unreachable, places_of, plain
 from megacpp_stp.patches.records import ALLOW_OPTION, PatchRefused, Record, refusal, require
@@ -149,12 +150,13 @@ class Registry:
             PatchRefused: A listed surface cannot be active; nothing is left replaced.
             UserError: See `examine`; or what a probe found that the user can mend.
         """
-        records = self.examine(plan, core=core or open_core(), allow_unreviewed=allow_unreviewed)
+        core = core or open_core()
+        records = self.examine(plan, core=core, allow_unreviewed=allow_unreviewed)
         require(records)
         pending = [record for record in records if record.id not in self._active]
         if pending:
             refuse_with_a_model(records)
-        places = self._claim(pending)
+        places = self._claim(pending, core)
         new: list[Applied] = []
         try:
             for record in pending:
@@ -207,7 +209,7 @@ class Registry:
             code=code,
         )
 
-    def _claim(self, records: Sequence[Record]) -> dict[str, list[list[Place]]]:
+    def _claim(self, records: Sequence[Record], core: Core) -> dict[str, list[list[Place]]]:
         """All places of all surfaces, found and checked before anything is replaced."""
         claimed: dict[str, list[list[Place]]] = {}
         for record in records:
@@ -217,6 +219,8 @@ class Registry:
                     owner = getattr(plain(place.get()), MARK, None)
                     if owner is not None and owner not in self._active:
                         raise Unreachable(f"{place.name} is replaced already, by surface {owner} of another registry")
+                if others := list(foreign(self.ledger[record.id], core)):
+                    raise Unreachable(f"not what the files define, but put there before: {', '.join(others)}")
             except Unreachable as error:
                 failed = replace(record, state=State.REFUSED, reason=str(error))
                 raise refusal(failed, [failed if other is record else other for other in records]) from error
