@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -41,8 +40,7 @@ def _replace(_: Mapping[str, Any], hits: Hits) -> dict[str, Replacement]:
     for name, value in vars(backend).items():
         if name.startswith("run_fused_"):
             setattr(counted, name, _counting(value, hits))
-    sys.modules[counted.__name__] = counted
-    return {_TARGET: Replacement(value=counted.__name__, counts_itself=True)}
+    return {_TARGET: Replacement(value=counted)}
 
 
 def _counting(hook: Callable[..., Any], hits: Hits) -> Callable[..., Any]:

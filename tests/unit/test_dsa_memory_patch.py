@@ -1,6 +1,7 @@
 """The surface that puts the chunks into upstream's table: needed when chosen, proven through the table, undone."""
 
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ def config(**changes):
 
 
 def test_it_becomes_active_counts_and_is_undone():
-    before = dict(getattr(dsa_kernels, TABLE))
+    before, modules = dict(getattr(dsa_kernels, TABLE)), set(sys.modules)
     with Registry.load().activate(plan()) as active:
         (record,) = active.records
         assert record.state == State.ACTIVE
@@ -46,6 +47,7 @@ def test_it_becomes_active_counts_and_is_undone():
             hook()
         assert list(active.calls()["dsa-memory"].values()) == [1]
     assert getattr(dsa_kernels, TABLE) == before
+    assert not [name for name in set(sys.modules) - modules if name.startswith("megacpp_stp.dsa.backend.")]
 
 
 def test_a_second_activation_counts_for_itself():
