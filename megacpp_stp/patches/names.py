@@ -38,8 +38,8 @@ class Target:
 
     @property
     def is_module_level(self) -> bool:
-        """Whether it is a module's own name, which other modules can import."""
-        return len(self.path) == 1 and self.key is None
+        """Whether it is a module's own name, or in a table that is one: other modules can import it."""
+        return len(self.path) == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,8 @@ def undeclared_uses(core: Core, replaced: Replaced) -> list[Use]:
         return []
     functions = {consumer.function for consumer in replaced.consumers}
     names = {*replaced.also_bound, *_names_of_consumers(core, replaced)}
-    return [use for use in uses(core, replaced.name) if use.where not in (names if use.binds else functions)]
+    name = replaced.name.partition("[")[0]  # whoever has a table has its entries
+    return [use for use in uses(core, name) if use.where not in (names if use.binds else functions)]
 
 
 def lost_consumers(core: Core, replaced: Replaced) -> list[str]:

@@ -259,6 +259,16 @@ def test_a_use_in_the_same_module_is_found():
     assert "megatron.core.datasets.utils:g" in str(judge(LEDGER["dataset-helpers"], core).reason)
 
 
+def test_a_new_user_of_a_table_is_found():
+    text = """
+def f(name):
+    from megatron.core.transformer.experimental_attention_variant.dsa_kernels import _BACKEND_MODULE_NAME_BY_BACKEND
+    return _BACKEND_MODULE_NAME_BY_BACKEND[name]
+"""
+    verdict = judge(LEDGER["dsa-memory"], with_file(INSTALLED, "megatron/new.py", text))
+    assert "also used or bound where the entry does not say: megatron.new:f" in str(verdict.reason)
+
+
 def test_a_consumer_that_found_another_way_is_refused():
     lost = changed(
         INSTALLED,

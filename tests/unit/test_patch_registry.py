@@ -59,6 +59,7 @@ ROUTE = {
     "through": "_BACKEND_MODULE_NAME_BY_BACKEND",
     "called_on": "some",
 }
+OTHER_ROUTE = {**ROUTE, "function": ROUTE["function"].replace("_get_backend_module_name", "_get_dsa_kernel_backend")}
 
 
 def helpers(id: str = "helpers", **more):
@@ -360,7 +361,7 @@ def test_examining_touches_nothing(originals):
 
 
 def kernels(id="kernels"):
-    return entry(id, replaces(f"{TABLE}[ours]", ROUTE))
+    return entry(id, replaces(f"{TABLE}[ours]", ROUTE, OTHER_ROUTE))
 
 
 def test_an_entry_of_a_table_can_be_a_module_that_counts_for_one_activation():
@@ -371,7 +372,8 @@ def test_an_entry_of_a_table_can_be_a_module_that_counts_for_one_activation():
         return {f"{TABLE}[ours]": Replacement(value=backend)}
 
     def probe(probe):
-        assert probe.through == {f"{TABLE}[ours]": {ROUTE["function"]: "megacpp_stp_kernels"}}
+        names = dict.fromkeys((ROUTE["function"], OTHER_ROUTE["function"]), "megacpp_stp_kernels")
+        assert probe.through == {f"{TABLE}[ours]": names}
         load_ours().run()
         return "runs"
 
