@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -24,6 +24,16 @@ Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=rf"^{NAME}$")]
 Id = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader, for which the last of two equal keys wins, with an error instead."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [str(key) for place, key in enumerate(keys) if key in keys[:place]]:
+            raise ValueError(f"{', '.join(twice)} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 class _Part(BaseModel):
@@ -214,9 +224,12 @@ def load_ledger(directory: Path | None = None) -> dict[str, Entry]:
         directory: Of the files; the shipped ones when None.
 
     Raises:
-        UserError: A file that is no entry, or entries that do not fit together.
+        UserError: A file that is no entry, entries that do not fit together, or none at all.
     """
-    entries = [_read(path) for path in sorted((directory or ledger_directory()).glob("*.yaml"))]
+    place = directory or ledger_directory()
+    entries = [_read(path) for path in sorted(place.glob("*.yaml"))]
+    if not entries:  # or a check of all surfaces would be one of none
+        raise UserError("holds no patch surface", field="ledger", value=str(place), fix="reinstall megacpp-stp")
     return checked(entries)
 
 
@@ -260,7 +273,7 @@ def find_entry(ledger: Mapping[str, Entry], name: str, *, field: str) -> Entry:
 
 def _read(path: Path) -> Entry:
     try:
-        entry = Entry.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        entry = Entry.model_validate(yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -323,6 +323,7 @@ WRONG = [
     ("name: megatron.core.datasets.utils:compile_helpers", "name: compile_helpers", "name"),
     ('"0.19.2":', '"new":', "is no version"),
     ("retire:\n  when:", "retire: [", "cannot be read"),
+    ("after: []", "after: []\nreviewed: {}", "reviewed is there twice"),
 ]
 
 
@@ -334,6 +335,11 @@ def test_an_entry_that_does_not_say_all_is_refused(old, new, problem, tmp_path):
     assert old in text
     (tmp_path / "dataset-helpers.yaml").write_text(text.replace(old, new, 1))
     with pytest.raises(UserError, match=problem):
+        load_ledger(tmp_path)
+
+
+def test_a_ledger_without_entries_is_none(tmp_path):
+    with pytest.raises(UserError, match="holds no patch surface"):
         load_ledger(tmp_path)
 
 
