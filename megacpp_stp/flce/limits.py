@@ -37,6 +37,7 @@ _FUSION = Limit(
     fix="add it",
 )
 _NO_GRAPHS = Limit("--cuda-graph-impl", "captures what cut-cross-entropy reads back to the host")
+_NO_ORDER = Limit("--deterministic-mode", "promises equal bits, and cut-cross-entropy adds in no fixed order")
 _NO_SCALE = Limit("--use-mup", "scales the logits, which cut-cross-entropy does not")
 
 
@@ -48,6 +49,6 @@ def limits(argv: Sequence[str], *, backend: str = "torch") -> tuple[Limit, ...]:
         backend: See `megacpp_stp.flce.backends.find_backend`.
     """
     given = {argument.partition("=")[0] for argument in argv if argument.startswith("--")}
-    refused = _REFUSED if backend == "torch" else (*_REFUSED, _NO_GRAPHS, _NO_SCALE)
+    refused = _REFUSED if backend == "torch" else (*_REFUSED, _NO_GRAPHS, _NO_ORDER, _NO_SCALE)
     found = tuple(limit for limit in refused if limit.option in given)
     return found if _FUSION.option in given else (*found, _FUSION)

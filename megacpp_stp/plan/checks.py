@@ -340,15 +340,17 @@ def _check_recompute(recipe: Recipe) -> None:
 
 
 def _check_sparse(recipe: Recipe) -> None:
-    block, option = recipe.model.families.A, "dsa-kernel-backend"
-    sparse = block.sparse if isinstance(block, Mla) else None
-    if sparse and sparse.kernel != "upstream" and option in recipe.megatron:
-        raise UserError(
-            f"names other kernels than model.families.A.sparse.kernel, {sparse.kernel}",
-            field=f"megatron.{option}",
-            value=recipe.megatron[option],
-            fix="leave it out, or set the kernel to upstream",
-        )
+    sparse = block.sparse if isinstance(block := recipe.model.families.A, Mla) else None
+    if sparse is None or sparse.kernel == "upstream":
+        return
+    for option, value in recipe.megatron.items():
+        if option == "dsa-kernel-backend" or (option, value) == ("attention-backend", "unfused"):
+            raise UserError(
+                f"names other kernels than model.families.A.sparse.kernel, {sparse.kernel}",
+                field=f"megatron.{option}",
+                value=value,
+                fix="leave it out, or set the kernel to upstream",
+            )
 
 
 def _check_optimizer(recipe: Recipe) -> None:

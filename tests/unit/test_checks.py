@@ -106,6 +106,8 @@ PP2 = ["parallel.pipeline=2", "parallel.expert=4"]
             "training.micro_batch_size",
         ),
         ("nam56r", ["model.families.A.sparse.indexer_head_dim=32"], "model.families.A.sparse.indexer_head_dim"),
+        ("nam56r", ["megatron.dsa-kernel-backend=tilelang"], "megatron.dsa-kernel-backend"),
+        ("nam56r", ["megatron.attention-backend=unfused"], "megatron.attention-backend"),
         ("nam56r", ["model.families.A.qk_pos_emb_head_dim=63"], "model.families.A.qk_pos_emb_head_dim"),
         # Backend
         ("nam56r", ["model.backend=torch"], "model.families.E.grouped_gemm"),

@@ -100,5 +100,6 @@ def test_limits_of_a_plans_arguments():
     for option in ("--cross-entropy-loss-fusion", "--use-torch-fsdp2", "--tensor-parallel-num-weight-shards=2"):
         (limit,) = limits((*ARGV, option))
         assert limit.option == option.partition("=")[0] and limit.why and limit.fix == "leave it out"
-    assert limits((*ARGV, "--use-mup")) == ()
-    assert [limit.option for limit in limits((*ARGV, "--use-mup"), backend="cut-cross-entropy")] == ["--use-mup"]
+    for option in ("--use-mup", "--deterministic-mode"):
+        assert limits((*ARGV, option)) == ()
+        assert [limit.option for limit in limits((*ARGV, option), backend="cut-cross-entropy")] == [option]
