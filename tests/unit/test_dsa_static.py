@@ -1,12 +1,14 @@
 """What a GPU needs of sparse attention: no value is looked at on the host, no large tensor, capture into a graph."""
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from megacpp_stp.dsa.attention import sparse_attention
 from megacpp_stp.dsa.backend import run_fused_dsa_attention
@@ -119,6 +121,20 @@ def test_what_is_taken_is_a_scratch_and_what_grows_with_the_sequence(monkeypatch
     assert live.largest < B * s * s
     chosen = B * s * TOPK * (4 + 3 * 4)
     assert live.peak < scratch + chosen + 4 * sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_no_product_beyond_the_lower_triangle():
+    """In chunks of one query the work is (s + 1) / (2 s) of that over all keys."""
+    query, key, _, q, k, weights = leaves().values()
+    seen, counts = Bounds.causal(S), torch.ones(B, S)
+
+    def products(bounds):
+        with FlopCounterMode(display=False) as counter:
+            select_keys(q, weights, k, topk=TOPK, bounds=bounds, scratch_bytes=1)
+            dense_indexer_loss(q, weights, k, query, key.squeeze(2), counts, bounds=bounds, scale=0.5, scratch_bytes=1)
+        return counter.get_total_flops()
+
+    assert products(seen) / products(replace(seen, triangular=False)) == (S + 1) / (2 * S)
 
 
 @pytest.mark.gpu
