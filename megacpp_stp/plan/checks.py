@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.checkpoint import check_checkpoint
 from megacpp_stp.plan.health import check_health
+from megacpp_stp.plan.kernels import check_sparse
 from megacpp_stp.plan.lowering import HybridPlan
 from megacpp_stp.plan.precision import check_precision
 from megacpp_stp.plan.stp import check_stp
@@ -72,7 +73,7 @@ def check(recipe: Recipe, layout: HybridPlan) -> None:
     check_stp(recipe)
     _check_optimizer(recipe)
     check_precision(recipe, layout)
-    _check_sparse(recipe)
+    check_sparse(recipe)
     check_checkpoint(recipe, layout)
     check_health(recipe)
 
@@ -336,20 +337,6 @@ def _check_recompute(recipe: Recipe) -> None:
                 field=field,
                 value=list(recompute.modules),
                 fix=f"leave {module} out",
-            )
-
-
-def _check_sparse(recipe: Recipe) -> None:
-    sparse = block.sparse if isinstance(block := recipe.model.families.A, Mla) else None
-    if sparse is None or sparse.kernel == "upstream":
-        return
-    for option, value in recipe.megatron.items():
-        if option == "dsa-kernel-backend" or (option, value) == ("attention-backend", "unfused"):
-            raise UserError(
-                f"names other kernels than model.families.A.sparse.kernel, {sparse.kernel}",
-                field=f"megatron.{option}",
-                value=value,
-                fix="leave it out, or set the kernel to upstream",
             )
 
 

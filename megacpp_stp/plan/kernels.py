@@ -1,4 +1,4 @@
-"""What the kernels of the recurrent mixers need: a GPU, a package, sizes that they take.
+"""What kernels need that a recipe names: a GPU, a package, sizes that they take.
 
 Facts of the authors' kernels are from their sources: ``mamba_ssm/ops/triton/mamba3`` of state-spaces/mamba (2.3.2), and
 ``xma/layers/m2rnn`` of open-lm-engine/accelerated-model-architectures (XMA).
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.recipe.blocks import M2rnn, Mamba3
+from megacpp_stp.recipe.blocks import M2rnn, Mamba3, Mla
 from megacpp_stp.recipe.schema import Recipe
 
 _M, _R = "model.families.M", "model.families.R"
@@ -127,4 +127,47 @@ def _check_mamba_ssm(recipe: Recipe, block: Mamba3) -> None:
             field="training.sequence_length",
             value=length,
             fix="use a multiple of 4, or a multiple of 4 heads a rank, or kernel torch",
+        )
+
+
+def check_sparse(recipe: Recipe) -> None:
+    """Refuse kernels of sparse attention that contradict each other, or that upstream would not take.
+
+    Raises:
+        UserError: The option that does.
+    """
+    sparse = block.sparse if isinstance(block := recipe.model.families.A, Mla) else None
+    if sparse is None:
+        return
+    assert isinstance(block, Mla)
+    if sparse.kernel == "upstream":
+        _check_fused_sparse(recipe, block)
+        return
+    for option, value in recipe.megatron.items():
+        if option == "dsa-kernel-backend" or (option, value) == ("attention-backend", "unfused"):
+            raise UserError(
+                f"names other kernels than model.families.A.sparse.kernel, {sparse.kernel}",
+                field=f"megatron.{option}",
+                value=value,
+                fix="leave it out, or set the kernel to upstream",
+            )
+
+
+def _check_fused_sparse(recipe: Recipe, block: Mla) -> None:
+    """Refuse upstream's fused kernels where upstream would leave them for its plain path without a word.
+
+    Sources: ``tilelang_dsa.py`` (576 channels of a query, 512 of a value) and ``dsa_cudnn_kernels.py`` (512 of a value)
+    of megatron-core 0.19.2.
+    """
+    backend = recipe.megatron.get("dsa-kernel-backend", "none")
+    if backend == "none":
+        return
+    width, rotary = block.kv_lora_rank, block.qk_pos_emb_head_dim
+    if width != 512 or (backend == "tilelang" and rotary != 64):
+        needs = "512 and qk_pos_emb_head_dim 64" if backend == "tilelang" else "512"
+        raise UserError(
+            f"is for kv_lora_rank {needs}; here they are {width} and {rotary}, and upstream would take its plain path",
+            field="megatron.dsa-kernel-backend",
+            value=backend,
+            fix="leave it out, and set model.families.A.sparse.kernel to chunked",
         )

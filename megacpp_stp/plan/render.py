@@ -78,9 +78,20 @@ def _facts(plan: RunPlan) -> Table:
         f"{plan.micro_batches} microbatches of {recipe.training.micro_batch_size} x data {plan.data_parallel}",
         "patches": ", ".join(plan.patches) or "none",
     }
+    if plan.layout.numbers("dsa"):
+        rows["sparse attention"] = _sparse_kernels(plan)
     for key, value in rows.items():
         table.add_row(Text(key, style="dim"), Text(value))
     return table
+
+
+def _sparse_kernels(plan: RunPlan) -> str:
+    if "dsa-memory" in plan.patches:
+        return "in chunks (dsa-memory)"
+    fused = plan.recipe.megatron.get("dsa-kernel-backend", "none")
+    if fused != "none":
+        return f"upstream's {fused} kernels; dsa-memory is not needed"
+    return "upstream's plain path, which holds scores of all heads and keys; dsa-memory is off"
 
 
 def _layout(plan: RunPlan, *, width: int) -> Table:

@@ -19,6 +19,11 @@ def refused(name, overrides):
     return caught.value
 
 
+UPSTREAM = ("model.families.A.sparse.kernel=upstream",)
+WIDE = (*UPSTREAM, "model.families.A.kv_lora_rank=512")
+TILELANG = "megatron.dsa-kernel-backend=tilelang"
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_is_planned(name):
     assert build_plan(load_recipe(name)).argv
@@ -107,6 +112,9 @@ PP2 = ["parallel.pipeline=2", "parallel.expert=4"]
         ),
         ("nam56r", ["model.families.A.sparse.indexer_head_dim=32"], "model.families.A.sparse.indexer_head_dim"),
         ("nam56r", ["megatron.dsa-kernel-backend=tilelang"], "megatron.dsa-kernel-backend"),
+        # Upstream would take its plain path for such latents, without a word.
+        ("nam56r", [*UPSTREAM, "megatron.dsa-kernel-backend=cudnn"], "megatron.dsa-kernel-backend"),
+        ("nam56r", [*WIDE, "model.families.A.qk_pos_emb_head_dim=32", TILELANG], "megatron.dsa-kernel-backend"),
         ("nam56r", ["megatron.attention-backend=unfused"], "megatron.attention-backend"),
         ("nam56r", ["model.families.A.qk_pos_emb_head_dim=63"], "model.families.A.qk_pos_emb_head_dim"),
         # Backend
@@ -226,3 +234,19 @@ def test_the_documented_list_is_the_list():
     document = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     section = document.split("## Options of Megatron that have no key")[1].split("##")[0]
     assert set(re.findall(r"`([a-z0-9]+(?:-[a-z0-9]+)*)`", section)) - {"check", "profile"} == ALLOWED - {"profile"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ((), "in chunks (dsa-memory)"),
+        (UPSTREAM, "dsa-memory is off"),
+        ((*WIDE, TILELANG), "upstream's tilelang kernels; dsa-memory is not needed"),
+    ],
+)
+def test_the_plan_says_what_computes_sparse_attention(capsys, overrides, says):
+    from megacpp_stp.cli.app import run
+
+    assert run(["plan", "nam56r", *(token for one in overrides for token in ("--set", one))]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sparse attention"))
+    assert says in line
