@@ -36,14 +36,14 @@ SKIPPED = 1  # the second of three steps
 
 @dataclass(frozen=True)
 class Fault:
-    """What is not finite, on which rank; on every rank for None."""
+    """What is not finite, on which rank (-1: the last); on every rank for None."""
 
     what: str
     rank: int | None
 
 
-# On PP2 rank 0 is the first stage and rank 1 the last, which has the loss.
-FAULTS = (Fault("gradient", 0), Fault("gradient", 1), Fault("lm_loss", 1), Fault("stp_loss", 0))
+# Rank 0 has the first stage, and the last rank the last one, with the loss.
+FAULTS = (Fault("gradient", 0), Fault("gradient", 1), Fault("lm_loss", -1), Fault("stp_loss", 0))
 
 
 class Faulty(Rank):
@@ -79,7 +79,8 @@ class Faulty(Rank):
     def _forward_step(self, iterator: Any, model: Any) -> Any:
         output, loss = super()._forward_step(iterator, model)
         fault = self.fault if self.step == SKIPPED else None
-        what = fault.what if fault and fault.rank in (None, torch.distributed.get_rank()) else None
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        what = fault.what if fault and fault.rank in (None, rank, rank - world) else None
         if what == "gradient":
             output.register_hook(lambda gradient: gradient * torch.nan)
         if what == "stp_loss" and self.taps.meter._sums:
