@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.training.facts import resident_memory_stats
+from megacpp_stp.training.nested_backward import backward
 from megacpp_stp.training.torch_adam import get_loadable_optimizer
 
 _MARK = "megacpp_stp_cpu_backend"
@@ -243,6 +244,13 @@ REDIRECTS: tuple[Redirect, ...] = (
             "core/tensor_parallel/random.py:_set_all_rng_states",
         ),
         why="is put off until CUDA starts: every fork would draw from, and advance, the default stream",
+    ),
+    Redirect(
+        target="torch.autograd:backward",
+        answer=backward,
+        sites=("core/tensor_parallel/random.py:CheckpointFunction.backward",),
+        why="leaves the function mode: a layer recomputed in a recomputed layer would ask for CUDA",
+        feature="full recomputation of multi-token prediction",
     ),
     Redirect(
         target="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",

@@ -194,6 +194,22 @@ def test_split_sizes_become_numpy_and_tensors_stay(backend):
     assert maybe_move_tensor_to_cpu(7, as_numpy=True) == 7
 
 
+def test_a_layer_recomputed_in_a_recomputed_layer_is_told_the_same(backend):
+    from megatron.core.pipeline_parallel.schedules import custom_backward
+    from megatron.core.tensor_parallel.random import checkpoint
+
+    calls: list[torch.Tensor] = []
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.full((), 3.0, device="cuda"))
+        return x * calls[-1]
+
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(lambda x: checkpoint(inner, False, x) ** 2, False, x)
+    custom_backward(y.sum(), None)
+    assert x.grad.tolist() == [18.0, 18.0] and len(calls) == 3
+
+
 @pytest.mark.parametrize("redirect", REDIRECTS, ids=lambda redirect: redirect.target)
 def test_the_named_sites_exist_upstream(redirect):
     """A site that upstream renamed or removed takes its reason with it."""
