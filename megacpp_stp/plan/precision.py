@@ -36,6 +36,8 @@ def check_precision(recipe: Recipe, layout: HybridPlan) -> None:
     _check_scaling(recipe, fp8)
     _check_families(recipe, layout, fp8)
     _check_tokens(recipe)
+    if layout.mtp_depths:
+        _check_prediction(recipe)
     for family in fp8.families:
         for field, width in _widths(recipe, family):
             if width % _ALIGNMENT:
@@ -150,14 +152,27 @@ def _check_families(recipe: Recipe, layout: HybridPlan, fp8: Fp8) -> None:
 
 
 def _check_tokens(recipe: Recipe) -> None:
-    training = recipe.training
-    tokens = training.micro_batch_size * training.sequence_length // recipe.parallel.context
+    training, parallel = recipe.training, recipe.parallel
+    # Sequence parallelism leaves MLA's down-projections a shard.
+    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    tokens = training.micro_batch_size * training.sequence_length // ranks
     if tokens % _ALIGNMENT:
         raise UserError(
             f"x training.micro_batch_size is {tokens} tokens on a rank, and fp8 needs a multiple of {_ALIGNMENT}",
             field="training.sequence_length",
             value=training.sequence_length,
-            fix=f"use a multiple of {_ALIGNMENT * recipe.parallel.context}",
+            fix=f"use a multiple of {_ALIGNMENT * ranks}",
+        )
+
+
+def _check_prediction(recipe: Recipe) -> None:
+    """The projection of multi-token prediction is in fp8 too; tensor parallelism cuts what it gives."""
+    width = recipe.model.hidden_size // recipe.parallel.tensor
+    if width % _ALIGNMENT:
+        raise UserError(
+            f"has a projection to {width} channels on a rank, and fp8 needs a multiple of {_ALIGNMENT}",
+            field="model.mtp",
+            fix=f"use a model.hidden_size that is a multiple of {_ALIGNMENT * recipe.parallel.tensor}, or null",
         )
 
 

@@ -80,6 +80,13 @@ def plan_of(*overrides: str) -> Any:
 
 NAM56R = "training.fp8={format: hybrid, scaling: tensorwise, amax_history: null, families: [A, E, M]}"
 
+TENSOR = (
+    NAM56R.replace("[A, E, M]", "[A, E]"),
+    "parallel.tensor=2",
+    "parallel.expert=4",
+    "parallel.sequence_parallel=true",
+)
+
 
 def test_argv_says_which_layers_stay_bf16():
     argv = list(plan_of(NAM56R).argv)
@@ -110,6 +117,12 @@ def test_argv_says_which_layers_stay_bf16():
         ((NAM56R.replace("tensorwise", "delayed").replace("null", "8"),), "training.recompute.modules", "moe_act"),
         ((NAM56R.replace("[A, E, M]", "[A, A]"),), "training.fp8.families", "twice"),
         ((NAM56R.replace("[A, E, M]", "[E]"), "model.mtp={depths: 1, pattern: A, loss_coeff: 0.3}"), "", "A out"),
+        ((*TENSOR, "training.sequence_length=4112", "training.micro_batch_size=1"), "", "2056 tokens on a rank"),
+        (
+            (*TENSOR, "model.hidden_size=3696", "model.mtp={depths: 1, pattern: A, loss_coeff: 0.3}"),
+            "model.mtp",
+            "1848",
+        ),
     ],
 )
 def test_what_fp8_cannot_do_is_refused(overrides, field, why):
@@ -121,6 +134,12 @@ def test_what_fp8_cannot_do_is_refused(overrides, field, why):
 def test_a_family_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="is not in the pattern"):
         build_plan(load_recipe("nam52", (NAM56R.replace("[A, E, M]", "[E]"), "model.backend=te")), device="cuda")
+
+
+def test_one_tensor_parallel_rank_may_have_the_widths_that_two_may_not():
+    plan_of(NAM56R, "training.sequence_length=4112", "training.micro_batch_size=1")
+    plan_of(NAM56R, "model.hidden_size=3696", "model.mtp={depths: 1, pattern: A, loss_coeff: 0.3}")
+    plan_of(*TENSOR)
 
 
 def test_the_torch_backend_has_no_fp8():

@@ -115,6 +115,12 @@ def test_what_the_mamba3_kernels_cannot_take_is_refused(monkeypatch, inputs, opt
     assert (caught.value.field, caught.value.fix) == (field, "use kernel torch")
 
 
+@pytest.mark.parametrize(("s", "H"), [(21, 4), (20, 6)])
+def test_the_mamba3_kernels_take_a_length_or_a_number_of_heads_that_divides_by_four(monkeypatch, s, H):
+    monkeypatch.setattr(mamba3_kernels, "_authors_op", lambda: lambda **given: given["V"])
+    assert mamba_ssm_scan(mamba3_inputs(s, H=H), chunk_size=16).shape[0] == s
+
+
 def test_missing_ops_are_named(monkeypatch):
     monkeypatch.setattr(mamba3_kernels, "_OP", ("mamba_ssm.no_such", "op"))
     with pytest.raises(UserError, match="cannot be imported") as caught:
@@ -245,6 +251,15 @@ def test_what_mamba_ssm_cannot_take_is_refused_in_the_plan(overrides, field):
         plan(*overrides)
     assert caught.value.field == (f"model.families.{field}" if field else "training.sequence_length")
     plan(*overrides, "model.families.M.kernel=torch")
+
+
+def test_heads_are_counted_on_a_rank():
+    """12 heads divide by 4; the 6 of each of two ranks do not."""
+    sizes = ("model.families.M.heads=12", "model.families.M.groups=2", "training.sequence_length=4098")
+    two = ("parallel.tensor=2", "parallel.expert=4", "parallel.sequence_parallel=true")
+    plan(*sizes)
+    with pytest.raises(UserError, match="6 heads a rank"):
+        plan(*sizes, *two)
 
 
 def package(folder: Any, name: str, module: str = "") -> None:
