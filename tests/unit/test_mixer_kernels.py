@@ -197,6 +197,31 @@ def test_the_authors_m2rnn_op_gets_each_input_in_its_layout(monkeypatch, op, s, 
     assert found[0][1].dtype == torch.promote_types(dtype, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"log_forget": torch.zeros(4, 2, 3, dtype=torch.bfloat16)}, "log_forget"),
+        ({"query": torch.zeros(4, 2, 9)}, "query"),
+    ],
+)
+def test_the_authors_m2rnn_op_is_not_called_with_what_ours_refuses(monkeypatch, change, field):
+    monkeypatch.setattr(m2rnn_kernels, "_authors_op", lambda: pytest.fail("called"))
+    names = ("query", "key", "value", "log_forget", "weight", "initial_state")
+    given = dict(zip(names, m2rnn_inputs(4, 2, 3, 4, 5), strict=True))
+    with pytest.raises(UserError) as caught:
+        M2RNN_SCANS["xma"](**{**given, **change})
+    assert caught.value.field == field
+
+
+def test_the_name_triton_is_our_kernel_with_all_that_it_is_given(monkeypatch):
+    from megacpp_stp.model.m2rnn import triton_scan
+
+    monkeypatch.setattr(triton_scan, "triton_m2rnn_scan", lambda *tensors, **options: (tensors, options))
+    tensors = tuple(m2rnn_inputs(4, 2, 3, 4, 5))
+    assert M2RNN_SCANS["triton"](*tensors, checkpoint_every=7) == (tensors, {"checkpoint_every": 7})
+
+
 # --- recipes --------------------------------------------------------------------------------------
 
 
