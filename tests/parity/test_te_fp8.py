@@ -136,6 +136,31 @@ def test_a_family_that_is_not_there_is_refused():
         build_plan(load_recipe("nam52", (NAM56R.replace("[A, E, M]", "[E]"), "model.backend=te")), device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "override", "what"),
+    [
+        ("nam56r", "A", "model.families.A.q_lora_rank=72", "72 channels"),
+        ("nam56r", "A", "model.families.A.kv_lora_rank=72", "136 channels"),
+        ("nam56r", "A", "model.families.A.qk_head_dim=65", "query"),
+        ("nam56r", "A", "model.families.A.v_head_dim=65", "key and value"),
+        ("nam56r", "A", "model.families.A.sparse.indexer_head_dim=72", "indexer_head_dim"),
+        ("nam56r", "A", "model.families.A.sparse.indexer_heads=24", "indexer_heads"),
+        ("nam56r", "E", "model.families.E.ffn_hidden_size=904", "E.ffn_hidden_size"),
+        ("nam56r", "E", "model.families.E.shared_ffn_hidden_size=1032", "E.shared_ffn_hidden_size"),
+        ("nam52", "A", "model.ffn_hidden_size=9224", "model.ffn_hidden_size"),
+    ],
+)
+def test_each_width_of_a_product_counts(name, family, override, what):
+    def plan(fp8: str) -> Any:
+        return build_plan(load_recipe(name, ("model.backend=te", override, fp8)), device="cuda")
+
+    plan("training.fp8=null")
+    fp8 = NAM56R.replace("[A, E, M]", f"[{family}]")
+    with pytest.raises(UserError, match="and fp8 needs a multiple of 16") as caught:
+        plan(fp8)
+    assert what in str(caught.value)
+
+
 def test_one_tensor_parallel_rank_may_have_the_widths_that_two_may_not():
     plan_of(NAM56R, "training.sequence_length=4112", "training.micro_batch_size=1")
     plan_of(NAM56R, "model.hidden_size=3696", "model.mtp={depths: 1, pattern: A, loss_coeff: 0.3}")
