@@ -13,6 +13,7 @@ from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.cost import cost_of
 from megacpp_stp.plan.flops import block_costs
 from megacpp_stp.plan.layers import layer_weights
+from megacpp_stp.plan.mixers import mamba3_weights
 from megacpp_stp.plan.parameters import padded_vocab_size
 from megacpp_stp.recipe import load_recipe
 from tests.recipes import STAND_INS
@@ -233,3 +234,11 @@ def test_transformer_engine_keeps_down_projections_whole_on_each_rank():
 def test_the_cost_model_needs_no_torch():
     code = "import sys, megacpp_stp.cli.memory, megacpp_stp.plan.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("rank", "more"), [(1, set()), (2, {"mimo_x", "mimo_z", "mimo_o"})])
+def test_what_of_mamba3_is_counted_as_fp32_in_a_bf16_model(rank, more):
+    """As `Mamba3Mixer.fp32_parameters`."""
+    model = load_recipe("nam56r-tiny", (f"model.families.M.mimo_rank={rank}",)).model
+    found = {weight.name.removeprefix("mixer.") for weight in mamba3_weights(model) if weight.keeps_fp32}
+    assert found == {"dt_bias", "B_bias", "C_bias", "D"} | more
