@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,3 +78,17 @@ def test_with_transformer_engine_the_stack_goes_on_to_its_layers(monkeypatch):
     monkeypatch.setattr(te_modules.NamStack, "__init__", lambda self, *args, **kwargs: reached.append(kwargs))
     build()
     assert list(reached[0]) == ["final_norm", "submodules"]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_experts_are_grouped_when_the_configuration_says_so(monkeypatch, grouped):
+    given = {}
+
+    def spec(**options):
+        given.update(options)
+        return lambda **kwargs: kwargs
+
+    monkeypatch.setattr(te_modules, "get_moe_module_spec", spec)
+    config = SimpleNamespace(moe_grouped_gemm=grouped)
+    assert te_modules.te_experts(config, name="experts") == {"config": config, "name": "experts"}
+    assert (given["use_te"], given["moe_grouped_gemm"]) == (True, grouped)
