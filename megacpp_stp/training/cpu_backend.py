@@ -250,7 +250,7 @@ REDIRECTS: tuple[Redirect, ...] = (
         answer=backward,
         sites=("core/tensor_parallel/random.py:CheckpointFunction.backward",),
         why="leaves the function mode: a layer recomputed in a recomputed layer would ask for CUDA",
-        feature="full recomputation of multi-token prediction",
+        feature="recomputation",
     ),
     Redirect(
         target="megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",

@@ -280,7 +280,7 @@ def tensor_run(tmp_path_factory):
     return Run(
         tmp_path_factory.mktemp("tensor"),
         f"{arguments} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 "
-        "--bf16 --use-distributed-optimizer",
+        "--bf16 --use-distributed-optimizer --recompute-granularity selective --recompute-modules moe",
     )
 
 
@@ -312,7 +312,7 @@ def test_a_resumed_run_goes_on_exactly(pipeline_run, tmp_path_factory):
     assert run.asked("torch.cuda:set_rng_state")
 
 
-def test_tensor_and_expert_parallelism_ask_for_the_rest(pipeline_run, tensor_run):
+def test_tensor_and_expert_parallelism_with_recomputation_ask_for_the_rest(pipeline_run, tensor_run):
     assert tensor_run.logged("lm loss")[5] < tensor_run.logged("lm loss")[1]
     for redirect in REDIRECTS:
         if redirect.feature not in ("training", "resuming from a checkpoint"):
