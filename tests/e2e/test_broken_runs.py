@@ -88,7 +88,9 @@ def ranks_of(run):
     return [pid for pid, args in processes_of(run).items() if "-m megacpp_stp.training.entry" in args[:200]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_signal_ends_all_ranks_and_is_told(short_run, tmp_path, number):
     run = tmp_path / "run"
     with long_run(short_run, run, tmp_path) as child:

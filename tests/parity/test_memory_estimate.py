@@ -274,7 +274,14 @@ def first_sparse(recipe: Any) -> Any:
     return next(part for part in parts(recipe, lowered(recipe)) if part.kind == "dsa")
 
 
-@pytest.mark.parametrize("modules", [(), ("core_attn",), ("core_attn", "mla_up_proj")], ids=str)
+SHIPPED = ("core_attn", "mla_up_proj")
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [pytest.param((), marks=pytest.mark.slow), pytest.param(("core_attn",), marks=pytest.mark.slow), SHIPPED],
+    ids=str,
+)
 def test_the_passes_of_sparse_attention_take_what_is_estimated(modules):
     """With few indexer heads the attention is the peak, with many the indexer: its loss, or without one its scores."""
     cases, estimates = [], []
@@ -353,7 +360,7 @@ def test_what_is_called_exact_is_what_megatron_allocates():
             assert rows == result
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_the_distributed_optimizer_is_cut_as_estimated(precision):
     overrides = (*COMMON[:2], "launch.processes_per_node=2", "optimizer.distributed=true")
     plan = build_plan(load_recipe(STAND_INS, (*overrides, f"training.precision={precision}")), device="cpu")

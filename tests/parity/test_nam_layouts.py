@@ -70,7 +70,6 @@ CELLS = (
         name="DP2, distributed optimizer",
         settings=(*ONE, *TWO, "optimizer.distributed=true"),
         layout=Layout(),
-        quick=True,
     ),
     Cell(
         name="PP2 x TP2 + SP",
