@@ -13,6 +13,7 @@ from megacpp_stp.ablate.matrix import Matrix, name_of
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.facts import value_at
 from megacpp_stp.runs.bootstrap import CONFIDENCE, FEWEST_SEEDS
+from megacpp_stp.runs.files import shown_lines
 from megacpp_stp.runs.invalid import invalid_reason
 from megacpp_stp.runs.likeness import likeness
 from megacpp_stp.runs.receipt import read_receipt
@@ -155,7 +156,7 @@ def _complete_runs(planned: Sequence[PlannedRun]) -> tuple[dict[tuple[str, int],
                 if receipt["status"] == "complete":
                     found[run.cell, run.seed] = read_run(run.directory, name=run.name)
                 else:
-                    missing.append(f"{run.name} is incomplete: {receipt['reason']}")
+                    missing.append(f"{run.name} is incomplete: {shown_lines(receipt['reason'])}")
             except UserError as error:
                 missing.append(f"{run.name} cannot be read: {error.field}: {error.problem}")
     return found, missing

@@ -15,8 +15,8 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.plan.facts import value_at
 from megacpp_stp.runs.arms import Arm, Pairing, make_arms, pair_seeds
 from megacpp_stp.runs.bootstrap import FEWEST_SEEDS, Interval, block_interval, seed_interval
-from megacpp_stp.runs.files import shown
-from megacpp_stp.runs.likeness import Likeness, likeness
+from megacpp_stp.runs.files import shown, shown_lines
+from megacpp_stp.runs.likeness import Likeness, arm_likeness
 from megacpp_stp.runs.recorded import RecordedRun, read_run
 from megacpp_stp.runs.window import Wanted, Window, choose_window, require_live
 
@@ -172,7 +172,7 @@ def compare_runs(
         UserError: Runs that cannot be read or must not be compared; the fix says what would do.
     """
     base, *others = make_arms(read_runs(directories))
-    likes = [likeness(base.runs[0], arm.runs[0]) for arm in others]
+    likes = [arm_likeness(base.runs, arm.runs) for arm in others]
     if not allow_unlike:
         _refuse_unlike(base, others, likes, metric=metric)
     pairings = [pair_seeds(base, arm) for arm in others]
@@ -352,7 +352,7 @@ def _notes(
         yield f"not the same code of megacpp-stp: {', '.join(map(_code_words, used))}"
     for run in used:
         if not run.is_complete:
-            yield f"{run.name} is incomplete: {run.receipt['reason'] or 'it does not say why'}"
+            yield f"{run.name} is incomplete: {shown_lines(run.receipt['reason'] or 'it does not say why')}"
         regimes = {} if run.gate is None or not run.gate.acts else run.gate.regimes(window.iterations)
         if len(regimes) > 1 or "dormant" in regimes:
             parts = ", ".join(f"{count} {regime}" for regime, count in regimes.items())

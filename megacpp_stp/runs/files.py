@@ -93,6 +93,11 @@ def shown(value: object) -> str:
     return text if text.isprintable() else json.dumps(text)
 
 
+def shown_lines(value: object) -> str:
+    """The same of text that may have several lines."""
+    return "\n".join(shown(line) for line in str(value).split("\n"))
+
+
 def exists_already(path: Path) -> UserError:
     """What to say of a run directory that is there and is not to be continued."""
     return UserError(

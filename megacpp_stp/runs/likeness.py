@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from megacpp_stp.plan.diff import Difference, compare
 from megacpp_stp.plan.facts import STAGES, same, value_at
@@ -82,6 +82,25 @@ def likeness(a: RecordedRun, b: RecordedRun) -> Likeness:
         unlike={kind: tuple(unlike[kind]) for kind in KINDS if kind in unlike},
         complete=found.complete,
         changed=tuple(run.name for run in (a, b) if run.plan_changed),
+    )
+
+
+def arm_likeness(base: Sequence[RecordedRun], other: Sequence[RecordedRun]) -> Likeness:
+    """Compare what two arms were: the first runs of both, and what any other run of either adds to what speaks against.
+
+    One seed that ran elsewhere, or went on with another plan, spoils its arm.
+    """
+    first = likeness(base[0], other[0])
+    rest = [likeness(base[0], run) for run in (*base[1:], *other[1:])]
+    unlike = {
+        kind: tuple(dict.fromkeys(what for each in (first, *rest) for what in each.unlike.get(kind, ())))
+        for kind in KINDS
+    }
+    return replace(
+        first,
+        unlike={kind: what for kind, what in unlike.items() if what},
+        complete=all(each.complete for each in (first, *rest)),
+        changed=tuple(dict.fromkeys(name for each in (first, *rest) for name in each.changed)),
     )
 
 

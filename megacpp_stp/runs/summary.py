@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megacpp_stp.runs.files import METRICS
+from megacpp_stp.runs.files import METRICS, shown, shown_lines
 from megacpp_stp.runs.metrics import Record, mean_of, read_metrics
 from megacpp_stp.runs.receipt import read_receipt
 
@@ -73,7 +73,8 @@ def _phase(records: Sequence[Record]) -> dict[str, Any]:
 def print_summary(directory: Path, console: Console) -> None:
     """Print `summarise` as one table."""
     facts = summarise(directory)
-    table = Table(title=f"{facts['recipe']}: {facts['status']}", title_justify="left", min_width=60)
+    title = Text(shown(f"{facts['recipe']}: {facts['status']}"))
+    table = Table(title=title, title_justify="left", min_width=60)
     table.add_column("")
     for name, phase in facts["phases"].items():
         first, last = phase["iterations"]
@@ -95,7 +96,7 @@ def print_summary(directory: Path, console: Console) -> None:
     if facts["resumed_from"]:
         console.print(f"went on from iteration {', '.join(map(str, facts['resumed_from']))}", markup=False)
     if facts["reason"]:
-        console.print(f"incomplete: {facts['reason']}", markup=False)
+        console.print(f"incomplete: {shown_lines(facts['reason'])}", markup=False)
     if facts["parameters"]:
         stages = " + ".join(f"{count:,}" for count in facts["parameters"]["by_pipeline_rank"])
         console.print(f"parameters: {facts['parameters']['total']:,} ({stages} by pipeline rank)", markup=False)

@@ -96,6 +96,16 @@ def test_a_run_without_an_iteration_can_be_shown(run):
     print_summary(run, Console())
 
 
+def test_a_foreign_receipt_cannot_dress_up_the_terminal(run, capsys):
+    receipt = read_json(run / "receipt.json")
+    foreign = {"status": "incomplete", "reason": "gone\x1b[2J\nand [/x] more"}
+    write_json(run / "receipt.json", {**receipt, **foreign, "recipe": {**receipt["recipe"], "name": "[/x]\x1b[31m"}})
+    print_summary(run, Console(width=200, force_terminal=True, color_system=None))
+    shown = capsys.readouterr().out
+    assert "\x1b[2J" not in shown and "\x1b[31m" not in shown
+    assert "[/x]" in shown and "and [/x] more" in shown
+
+
 def test_numbers_that_are_none_are_null(tmp_path):
     writer = MetricsWriter(tmp_path / "m.jsonl")
     writer.write({"iteration": 1, "lm_loss": float("nan"), "grad_norm": float("inf")})

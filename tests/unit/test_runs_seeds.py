@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from megacpp_stp.runs.files import read_json, write_json
 from tests.unit.made_runs import GATE, answer, compare, loss_of, make_run, refused
 
 WITHOUT = "stp=null"
@@ -47,6 +48,21 @@ def test_three_seeds_are_pooled_with_an_interval_over_seeds(tmp_path):
     assert result["controlled"]
     assert not any("says nothing of other seeds" in note for note in found["notes"])
     assert "by seed: 1: -0.55, 2: -0.6, 3: -0.65" in answer("compare", *base, *other)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_one_seed_that_ran_elsewhere_or_changed_spoils_its_arm(tmp_path, number):
+    base, other = seeded(tmp_path, [1, 2, 3], WITHOUT), seeded(tmp_path, [1, 2, 3], better=0.5)
+    receipt = read_json(other[number] / "receipt.json")
+    attempts = [receipt["attempts"][0], {**receipt["attempts"][0], "from_iteration": 20, "plan_digest": "x"}]
+    write_json(other[number] / "receipt.json", {**receipt, "attempts": attempts})
+    found = compare(*base, *other)
+    assert found["title"].startswith("NOT CONTROLLED")
+    assert f"{other[number].name} went on with another plan" in found["pairs"][0]["standing"]
+    (other[number] / "attempt-1").mkdir()
+    elsewhere = {**receipt, "substrate": {"hardware": {"device": "cuda"}}}
+    write_json(other[number] / "attempt-1" / "receipt.json", elsewhere)
+    assert f"{other[number].name} changed it on the way" in refused("compare", *base, *other).problem
 
 
 def test_two_seeds_are_averaged_and_the_rest_is_said(tmp_path):
