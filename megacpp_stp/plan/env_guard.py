@@ -25,7 +25,9 @@ _NETWORK = re.compile(
     r"GLOO_SOCKET_IFNAME|NCCL_(SOCKET_(IFNAME|FAMILY)|IB_(HCA|GID_INDEX|SL|TC|TIMEOUT|RETRY_CNT|DISABLE|CUDA_SUPPORT)"
     r"|NET|NET_PLUGIN|NET_GDR_LEVEL|TOPO_FILE|CROSS_NIC)"
 )
-_RECORDED = ("CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE", "NCCL_DEBUG", "WORLD_SIZE")
+# What NVIDIA's PyTorch images set (26.07): with these values, as they were built to run.
+_OF_IMAGES = {"TORCH_NCCL_USE_COMM_NONBLOCKING": "0", "TORCHINDUCTOR_LOOP_ORDERING_AFTER_FUSION": "0"}
+_RECORDED = (*_OF_IMAGES, "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE", "NCCL_DEBUG", "WORLD_SIZE")
 _A_PLACE = re.compile(r"(^|[:=,])[/~]")
 
 
@@ -61,7 +63,7 @@ def _findings(
                     f"is set to {value!r}, but the run needs {known.value!r}: {known.why}",
                     f"unset {name}{allow}",
                 )
-        elif _is_watched(name) and name not in recipe.launch.environment:
+        elif _is_watched(name) and name not in recipe.launch.environment and _OF_IMAGES.get(name) != value:
             problem = f"is set to {value!r}, changes how a run computes, and is not in the plan"
             yield name, problem, f"unset {name}, or say in the recipe: {FIELD}: {{{name}: VALUE, or null to leave it}}"
 

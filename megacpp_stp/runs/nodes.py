@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,9 @@ class _Node:
     def _watch(self, ranks: range | tuple[int, ...]) -> PeerEnd | None:
         now = time.monotonic()
         if now - self._written > self._pace.beat:
-            self._write()
+            # A file system that fails for a moment costs a beat, not the run.
+            with suppress(OSError):
+                self._write()
         if now - self._looked < self._pace.look:
             return None
         self._looked = now

@@ -119,7 +119,7 @@ class Launch:
         if self.port is not None:
             check_port(self.port)
         if self.node is not None:
-            check_port(port_of(self.node.endpoint))
+            check_port(port_of(self.node.endpoint), field="--rdzv-endpoint")
         if self.from_iteration is None and self.run_dir.exists():
             raise exists_already(self.run_dir)
         if self.from_iteration is not None:

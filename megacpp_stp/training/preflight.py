@@ -253,8 +253,12 @@ def _gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def check_port(port: int) -> None:
+def check_port(port: int, *, field: str = "--port") -> None:
     """Refuse a port that cannot be bound here.
+
+    Args:
+        port: Of a rendezvous.
+        field: The option that named it.
 
     Raises:
         UserError: With the system's reason.
@@ -266,7 +270,7 @@ def check_port(port: int) -> None:
         except (OSError, OverflowError) as error:
             raise UserError(
                 f"cannot be used: {error}",
-                field="--port",
+                field=field,
                 value=port,
-                fix="name a free port, or leave --port out",
+                fix="name a free port" + (", or leave --port out" if field == "--port" else ", on all nodes"),
             ) from None

@@ -134,9 +134,13 @@ class Signals:
 
 @contextmanager
 def stop_signals() -> Iterator[Signals]:
-    """From here on, Ctrl-C, SIGTERM and SIGHUP end the ranks and are reported, instead of ending this process."""
+    """From here on, Ctrl-C, SIGTERM and SIGHUP end the ranks and are reported, instead of ending this process.
+
+    One that was ignored before stays so: that is what ``nohup`` does.
+    """
     signals = Signals()
-    earlier = {number: signal.signal(number, signals.forward) for number in _STOP_SIGNALS}
+    wanted = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, signals.forward) for number in wanted}
     try:
         yield signals
     finally:

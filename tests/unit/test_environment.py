@@ -135,6 +135,13 @@ def test_what_machines_and_containers_set_is_no_mistake(name):
     check({name: "1"})
 
 
+def test_what_an_image_was_built_with_is_no_mistake_and_another_value_is():
+    for name in ("TORCH_NCCL_USE_COMM_NONBLOCKING", "TORCHINDUCTOR_LOOP_ORDERING_AFTER_FUSION"):
+        check({name: "0"})
+        with pytest.raises(UserError, match="is not in the plan"):
+            check({name: "1"})
+
+
 def test_all_findings_are_told_at_once():
     with pytest.raises(UserError) as caught:
         check({"OMP_NUM_THREADS": "8", "NCCL_ALGO": "Tree", "HF_HUB_OFFLINE": "0"})

@@ -236,6 +236,17 @@ def test_no_word_is_told_too(directory):
     ]
 
 
+def test_what_nohup_ignores_stays_ignored():
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.caught is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
 def test_a_peer_or_a_signal_ends_the_ranks():
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     with stop_signals() as signals:

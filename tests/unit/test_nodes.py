@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.runs import nodes
 from megacpp_stp.runs.lock import launcher_lock
 from megacpp_stp.runs.nodes import Follower, Leader, Pace, PeerEnd, Stopped
 
@@ -186,6 +187,20 @@ def test_silence_is_death_and_signs_of_life_are_not(tmp_path):
         time.sleep(0.01)
     assert watched(first) == PeerEnd(node=1, status=None)  # the other no longer calls
     assert first.others() == {1: PeerEnd(node=1, status=None)}
+
+
+def test_a_file_system_that_fails_for_a_moment_costs_a_beat(tmp_path, monkeypatch):
+    first, (other,) = started(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes, "write_json", full)
+        time.sleep(2 * FAST.beat)
+        assert first.watch() is None
+    time.sleep(2 * FAST.beat)
+    assert first.watch() is None and other.watch() is None
 
 
 def test_whoever_takes_the_directory_ends_an_older_launch(tmp_path):
