@@ -112,7 +112,7 @@ def _difference(name: str, by_rank: Sequence[Facts]) -> str | None:
     odd = next(value for value in values if value != usual)
     ranks = [rank for rank, value in enumerate(values) if value == odd]
     nodes = list(dict.fromkeys(by_rank[rank]["node"] for rank in ranks))
-    where = f"node {nodes[0]}" if len(nodes) == 1 else f"{len(nodes)} nodes, {nodes[0]} first"
+    where = f"node {nodes[0]}" if len(nodes) == 1 else f"{len(nodes)} nodes, the first node {nodes[0]}"
     have = "has" if len(ranks) == 1 else "have"
     theirs = "has" if len(majority) == 1 else "have"
     return f"{spans(ranks)} on {where} {have} {name} {_short(odd)}, {spans(majority)} {theirs} {_short(usual)}"

@@ -326,6 +326,7 @@ def without_places(text: str) -> str:
     line = " ".join(text.split())
     line = re.sub(r"(?<![\w.])(?:/[\w.+@-]+){2,}", lambda path: path[0].rsplit("/", 1)[1], line)
     line = re.sub(r"\[?\b\d{1,3}(?:\.\d{1,3}){3}\b\]?(?::\d+)?", "(an address)", line)
+    line = re.sub(r"\([^\s(),]+, \d{2,5}\)", "(an address)", line)  # as torch prints a host and its port
     line = re.sub(r"\bnode (?!\d+\b)\S+", "node (a host)", line)  # a number is no name
     return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + "..."
 

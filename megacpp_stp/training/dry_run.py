@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.runs.checkpoints import CHECKPOINTS
-from megacpp_stp.runs.files import ENV, EXIT, METRICS, PATCHES, PLAN, RECEIPT
+from megacpp_stp.runs.files import ENV, EXIT, METRICS, PATCHES, PLAN, RANKS, RECEIPT
 from megacpp_stp.runs.nodes import NODES
 from megacpp_stp.training.launcher import Launch
 from megacpp_stp.training.torchrun import log_folder
@@ -38,7 +38,7 @@ def _files(launch: Launch) -> Iterator[Path]:
     """Files and folders (for many) that this node's processes write."""
     directory, start = launch.run_dir, launch.start()
     if launch.rank == 0:
-        yield from (directory / name for name in (PLAN, RECEIPT, METRICS, PATCHES, ENV, EXIT))
+        yield from (directory / name for name in (PLAN, RECEIPT, METRICS, PATCHES, ENV, RANKS, EXIT))
         if launch.plan.recipe.training.checkpoint is not None:
             yield directory / CHECKPOINTS
         if launch.from_iteration is not None:

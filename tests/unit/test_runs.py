@@ -128,6 +128,8 @@ def test_a_reason_names_no_place():
         "[/pytorch/third_party/gloo/pair.cc:144] Connection reset by [127.0.0.1]:2344\nRank 1, node box-7, iteration 3"
     )
     assert without_places(text) == "[pair.cc:144] Connection reset by (an address) Rank 1, node (a host) iteration 3"
+    assert without_places("no rank met (node-7, 29500) in time") == "no rank met (an address) in time"
+    assert without_places("2 nodes, the first node h7 have") == "2 nodes, the first node (a host) have"
     assert len(without_places("x" * 5000)) < 500
 
 
