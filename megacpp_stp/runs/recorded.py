@@ -132,6 +132,7 @@ def read_run(directory: Path, *, name: str) -> RecordedRun:
             "has no whole record: the run ended in its first iteration", field=shown(path), fix="use another run"
         )
     _check_records(records, path=path)
+    _check_end(records, receipt, path=path)
     gate = gate_of(receipt, field=str(directory / RECEIPT))
     _check_evidence(records, gate, path=path)
     return RecordedRun(
@@ -153,7 +154,7 @@ def _check_records(records: Sequence[Record], *, path: Path) -> None:
     before = 0
     for record in records:
         iteration = record["iteration"]
-        if not before < iteration < _LAST_ITERATION:
+        if iteration != before + 1 or iteration >= _LAST_ITERATION:
             raise UserError(
                 f"iteration {iteration!r} follows {before}" if abs(iteration) < _LAST_ITERATION else "is no iteration",
                 field=shown(path),
@@ -168,6 +169,21 @@ def _check_records(records: Sequence[Record], *, path: Path) -> None:
                     field=shown(path),
                     fix="the file is damaged; use another run",
                 )
+
+
+def _check_end(records: Sequence[Record], receipt: Mapping[str, Any], *, path: Path) -> None:
+    """Refuse a complete run whose records end elsewhere than its receipt says.
+
+    Raises:
+        UserError: With both ends.
+    """
+    done, last = receipt.get("iterations_done"), records[-1]["iteration"] if records else 0
+    if receipt.get("status") == "complete" and done != last:
+        raise UserError(
+            f"ends with iteration {last}, and the receipt of the complete run says {done}",
+            field=shown(path),
+            fix="the file was cut; use another run",
+        )
 
 
 def _check_evidence(records: Sequence[Record], gate: Gate | None, *, path: Path) -> None:

@@ -310,6 +310,17 @@ def test_values_that_are_no_use_are_refused(pair, value):
         refused("compare", *pair, "--metric", "grad_norm")
 
 
+@pytest.mark.parametrize(
+    ("cut", "problem"),
+    [(slice(None, -1), f"the complete run says {ITERATIONS}"), (slice(1, None), "iteration 2 follows 0")],
+    ids=["end", "start"],
+)
+def test_a_file_that_was_cut_is_no_run(pair, cut, problem):
+    path = pair[1] / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[cut]))
+    assert problem in refused("compare", *pair).problem
+
+
 def test_too_few_iterations_have_a_difference_and_no_interval(pair):
     (result,) = compare(*pair, "--window", "15:20")["pairs"]
     assert (result["interval"], result["verdict"]) == (None, "no interval")
