@@ -39,6 +39,7 @@ def test_a_rank_that_raises_leaves_an_incomplete_receipt(cli, short_run, dataset
     assert load(run, "exit.json")["status"] == 1
 
 
+@pytest.mark.slow  # the same without torchrun: tests/parity/test_finite.py
 def test_what_is_no_number_ends_the_run_and_says_so(cli, short_run, tmp_path):
     """A learning rate that blows the weights up at once: loss or gradient, ours or Megatron's check sees it first."""
     run = tmp_path / "run"

@@ -47,7 +47,7 @@ class Cell:
 
 
 CELLS = (
-    Cell(name="PP2", settings=("parallel.stages=[6, 6]",), layout=Layout(pipeline=2), quick=True),
+    Cell(name="PP2", settings=("parallel.stages=[6, 6]",), layout=Layout(pipeline=2)),
     Cell(
         name="PP2 x VPP2",
         settings=("parallel.virtual=2", "parallel.stages=[3, 3, 3, 3]"),
@@ -86,7 +86,7 @@ def counted(overrides: tuple[str, ...]) -> list[int]:
     return count_parameters(Training(overrides).chunks, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["TP2 + SP", "EP2"])
+@pytest.mark.parametrize("name", [pytest.param("TP2 + SP", marks=pytest.mark.slow), "EP2"])
 def test_a_run_counts_the_parameters_of_the_whole_model(name):
     """What a receipt says is what the planner says, however the model is cut."""
     cell = next(cell for cell in CELLS if cell.name == name)

@@ -36,7 +36,10 @@ def test_the_odd_one_out_is_named_against_the_rest():
         ([facts(), facts("b", plan="f" * 64)], "rank 1 on node b has plan ffffffffffff..., rank 0 has aaaaaaaaaaaa..."),
         ([facts()] * 2 + [facts("b", patches=None)] * 2, "ranks 2-3 on node b have patches none, ranks 0-1 have"),
         ([facts()] * 5 + [facts("b", NCCL="2.27")], "rank 5 on node b has NCCL 2.27, ranks 0-4 have none"),
-        ([facts()] * 3 + [facts("b", torch="1"), facts("c", torch="1")], "ranks 3-4 on 2 nodes, the first node b have torch 1"),
+        (
+            [facts()] * 3 + [facts("b", torch="1"), facts("c", torch="1")],
+            "ranks 3-4 on 2 nodes, the first node b have torch 1",
+        ),
     ],
 )
 def test_what_differs_is_said_in_one_line(ranks, says):

@@ -31,7 +31,7 @@ from megacpp_stp.runs.tail import Tail
 from tests.unit.made_matrix import leave, planned
 from tests.unit.test_runs_hostile import PIECES, VALUES, paths_of, replaced
 
-EFFORT = [pytest.param(200, id="quick"), pytest.param(10_000, id="thorough", marks=pytest.mark.slow)]
+EFFORT = [pytest.param(100, id="quick"), pytest.param(10_000, id="thorough", marks=pytest.mark.slow)]
 PROGRAM = get_command(build_app(["runs", "diff", "ablate", "launch"]))
 LONGEST_S = 60  # a reader that waits for ever is stopped then; no speed is tested
 DRAWN_EACH = 100  # a page takes a second
