@@ -11,6 +11,7 @@ import torch
 from megacpp_stp.patches.registry import Registry
 from megacpp_stp.plan import build_plan
 from megacpp_stp.recipe import load_recipe
+from megacpp_stp.training.torch_adam import make_loadable
 from tests.parity._gloo import Layout, run_ranks
 from tests.parity.nam import ALL_LETTERS, Training, named_parameters
 
@@ -49,31 +50,15 @@ def _train_save_load(overrides: tuple[str, ...], directory: str, changes: dict[s
 
     init_num_microbatches_calculator(0, None, 8, 2, training.groups.dp.size())
     again = Training(overrides)
-    # Without Transformer Engine, upstream loads into an optimizer that has stepped only, and not how often it has.
+    # Without Transformer Engine, upstream loads into a plain optimizer only once it has stepped.
     for number in range(3):
         again.step(7 + number)
-    for optimizer in again.optimizer.chained_optimizers:
-        if again.args.use_distributed_optimizer:
-            let_it_load(optimizer)
+    make_loadable(again.optimizer)
     vars(again.args).update(load=directory, no_load_rng=True, **changes)
     load_checkpoint(again.wrapped, again.optimizer, None)
     found["loaded"] = snapshot(again)
     found["continued"].append((again.step(3), snapshot(again)))
     return found
-
-
-def let_it_load(optimizer: Any) -> None:
-    """Torch's Adam counts the steps of each parameter in a tensor; this upstream format knows Adams without one."""
-    load = optimizer.load_parameter_state_from_fully_reshardable
-
-    def load_all_else(state_dict: Any) -> None:
-        states = list(optimizer.optimizer.state.values())
-        counts = [state.pop("step") for state in states]
-        load(state_dict)
-        for state, count in zip(states, counts, strict=True):
-            state["step"] = count.clone()
-
-    optimizer.load_parameter_state_from_fully_reshardable = load_all_else
 
 
 def snapshot(training: Training) -> dict[str, torch.Tensor]:
