@@ -35,12 +35,13 @@ def show_command(
         print_json(found) if format is Form.JSON else print_folder(found, console())
         return
     invalid = invalid_reason(run)
-    if format is Form.JSON:
-        print_json({**summarise(run), "invalid": invalid})
-        return
     if invalid is not None:
-        print_invalid(invalid, console())
-    print_summary(run, console())
+        marked = {"directory": str(run), "status": "INVALID", "invalid": invalid}
+        print_json(marked) if format is Form.JSON else print_invalid(invalid, console())
+    elif format is Form.JSON:
+        print_json({**summarise(run), "invalid": None})
+    else:
+        print_summary(run, console())
 
 
 @app.command("compare")

@@ -11,17 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 from megacpp_stp.runs.bootstrap import CONFIDENCE
-from megacpp_stp.runs.compare import Comparison, PairResult, Point, RunResult, counted
+from megacpp_stp.runs.compare import Comparison, PairResult, Point, RunResult, counted, validation_of
 from megacpp_stp.runs.equality import Equality
 from megacpp_stp.runs.files import shown
 
+_UNITS = {"lm_loss": "nats a token", "bits_per_byte": "bits a byte"}
 _LOUD = "bold white on red"
 _MOST_DIFFERENCES = 12
 
 
 def print_invalid(reason: str, console: Console) -> None:
-    """Say that a run is invalid, before anything else of it."""
+    """Say that a run is invalid, in place of its numbers."""
     console.print(Text(f" INVALID: {reason} ", style=_LOUD))
+    console.print(Text("its numbers are in no table; receipt and metrics lie in its directory as they were"))
 
 
 def print_folder(found: Mapping[str, Any], console: Console) -> None:
@@ -71,9 +73,18 @@ def print_comparison(found: Comparison, console: Console) -> None:
     console.print(Text(found.title, style=_LOUD if loud else "bold"))
     console.print(Text(f"{counted(len(found.window.iterations))}: {found.window.why}"))
     table = Table()
+    unit = _UNITS[validation_of(found.metric)]
     for column in ("", "run"):
         table.add_column(column)
-    for column in ("seed", "STP", "in the window", "mean", "best @ iteration", "last", "best validation @ iteration"):
+    for column in (
+        "seed",
+        "STP",
+        "in the window",
+        "mean",
+        "best @ iteration",
+        "last",
+        f"best validation @ iteration\n({unit})",
+    ):
         table.add_column(column, justify="right")
     for run in found.runs:
         table.add_row(*map(Text, _run_row(run)))

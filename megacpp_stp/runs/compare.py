@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.plan.facts import value_at
 from megacpp_stp.runs.arms import Arm, Pairing, make_arms, pair_seeds
 from megacpp_stp.runs.bootstrap import FEWEST_SEEDS, Interval, block_interval, seed_interval
-from megacpp_stp.runs.files import shown, shown_lines
+from megacpp_stp.runs.files import shown_lines
 from megacpp_stp.runs.likeness import Likeness, arm_likeness
 from megacpp_stp.runs.recorded import RecordedRun, read_run
 from megacpp_stp.runs.window import Wanted, Window, choose_window, require_live
@@ -49,7 +48,8 @@ class RunResult:
         mean: Of the metric.
         best: Best value of the metric; None where neither more nor less is better.
         last: At the end of the window.
-        best_validation: Lowest validation loss in the window; None when nothing was evaluated there.
+        best_validation: Lowest validation loss in the window, in the unit of `validation_of`; None when nothing was
+            evaluated there.
     """
 
     arm: str
@@ -72,7 +72,7 @@ class PairResult:
     Attributes:
         a: Letter of the base.
         b: Letter of the other arm.
-        controlled: Whether the plans differ in ``stp.*`` or seeds alone.
+        controlled: Whether the plans of each pair differ in ``stp.*`` alone.
         standing: The same in words, with what differs.
         differences: Each leaf that differs: path, a, b.
         unlike: Kinds that differ and were allowed to, each with what it is.
@@ -172,10 +172,10 @@ def compare_runs(
         UserError: Runs that cannot be read or must not be compared; the fix says what would do.
     """
     base, *others = make_arms(read_runs(directories))
-    likes = [arm_likeness(base.runs, arm.runs) for arm in others]
-    if not allow_unlike:
-        _refuse_unlike(base, others, likes, metric=metric)
     pairings = [pair_seeds(base, arm) for arm in others]
+    likes = [arm_likeness(*zip(*pairing.pairs, strict=True)) for pairing in pairings]
+    if not allow_unlike:
+        _refuse_unlike(pairings, likes, metric=metric)
     used = list(dict.fromkeys(run for pairing in pairings for pair in pairing.pairs for run in pair))
     values = {run: run.values_of(metric) for run in used}
     common = sorted(set.intersection(*(set(found) for found in values.values())))
@@ -194,7 +194,7 @@ def compare_runs(
         metric=metric,
         window=chosen,
         runs=tuple(
-            _run_result(arm, run, metric=metric, values=values[run], window=chosen)
+            result_of(arm, run, metric=metric, values=values[run], window=chosen)
             for arm in arms
             for run in arm.runs
             if run in values
@@ -204,13 +204,14 @@ def compare_runs(
     )
 
 
-def _refuse_unlike(base: Arm, others: Sequence[Arm], likes: Sequence[Likeness], *, metric: str) -> None:
-    for arm, like in zip(others, likes, strict=True):
+def _refuse_unlike(pairings: Sequence[Pairing], likes: Sequence[Likeness], *, metric: str) -> None:
+    for pairing, like in zip(pairings, likes, strict=True):
         if like.unlike:
+            a, b = pairing.pairs[0]
             what = "; ".join(f"{kind} ({_some(paths)})" for kind, paths in like.unlike.items())
             bits = "; losses a token of two tokenizers are no one scale, compare bits_per_byte"
             raise UserError(
-                f"{base.runs[0].name} and {arm.runs[0].name} are unlike in {what}",
+                f"{a.name} and {b.name} are unlike in {what}",
                 field="RUN",
                 fix="compare runs that share these, or add --allow-unlike: the title will say so"
                 + (bits if "tokenizer" in like.unlike and metric != "bits_per_byte" else ""),
@@ -234,8 +235,8 @@ def _compare_arms(
     return PairResult(
         a=base.letter,
         b=arm.letter,
-        controlled=like.is_controlled,
-        standing=_standing(like),
+        controlled=like.is_controlled and pairing.same_seeds,
+        standing=_standing(like, same_seeds=pairing.same_seeds),
         differences=tuple({"path": item.path, "a": item.a, "b": item.b} for item in like.differences),
         unlike=like.unlike,
         seeds=tuple(a.seed for a, _ in pairing.pairs),
@@ -269,7 +270,7 @@ def _verdict(interval: Interval | None) -> str:
     return "higher" if interval.low > 0 else "no difference shown"
 
 
-def _standing(like: Likeness) -> str:
+def _standing(like: Likeness, *, same_seeds: bool) -> str:
     if like.unlike:
         return f"not controlled, unlike {', '.join(like.unlike)}"
     if not like.complete:
@@ -281,11 +282,13 @@ def _standing(like: Likeness) -> str:
         return f"not controlled: {_some(like.besides)} {'differs' if len(like.besides) == 1 else 'differ'}{too}"
     if not like.paths:
         return "controlled: the plans are equal, so that the difference is not theirs"
+    if not same_seeds:
+        why = "training.seed differs too" if like.in_stp else "only seeds differ; this is what a seed makes"
+        return f"not controlled: {why}"
     # A run without STP lacks all of its keys.
     lacks_stp = any(item.path == "stp.weight" and None in (item.a, item.b) for item in like.differences)
-    paths = ["stp", *(path for path in like.paths if path == "training.seed")] if lacks_stp else like.paths
-    only = f"only {_some(paths)} {'differs' if len(paths) == 1 else 'differ'}"
-    return f"controlled: {only}" + ("" if like.in_stp else "; this is what a seed makes")
+    paths = ["stp"] if lacks_stp else like.paths
+    return f"controlled: only {_some(paths)} {'differs' if len(paths) == 1 else 'differ'}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -302,12 +305,27 @@ def _title(pairs: Sequence[PairResult], *, metric: str, window: Window) -> str:
     return f"{label}: {metric}, iterations {window.first} to {window.last}"
 
 
-def _run_result(arm: Arm, run: RecordedRun, *, metric: str, values: Mapping[int, float], window: Window) -> RunResult:
+def validation_of(metric: str) -> str:
+    """What evaluations are shown of beside a metric: the same loss, or lm_loss beside what is none."""
+    return metric if metric == "bits_per_byte" else "lm_loss"
+
+
+def result_of(arm: Arm, run: RecordedRun, *, metric: str, values: Mapping[int, float], window: Window) -> RunResult:
+    """One run over the window.
+
+    Args:
+        arm: That it is of.
+        run: The run.
+        metric: What is compared.
+        values: The metric by iteration.
+        window: The iterations.
+    """
     inside = [Point(value=values[i], iteration=i) for i in window.iterations]
+    name = validation_of(metric)
     validations = [
-        Point(value=record["lm_loss"], iteration=record["iteration"])
+        Point(value=record[name], iteration=record["iteration"])
         for record in run.validation
-        if window.first <= record["iteration"] <= window.last
+        if record[name] is not None and window.first <= record["iteration"] <= window.last
     ]
     return RunResult(
         arm=arm.letter,
@@ -347,9 +365,6 @@ def _notes(
     seeds = [len(pairing.pairs) for pairing in pairings]
     if min(seeds) < FEWEST_SEEDS:
         yield "an interval over iterations says nothing of other seeds; name three or more of each arm for that"
-    codes = [value_at(run.receipt, ["code", "sha256"]) for run in used]
-    if any(code != codes[0] for code in codes):
-        yield f"not the same code of megacpp-stp: {', '.join(map(_code_words, used))}"
     for run in used:
         if not run.is_complete:
             yield f"{run.name} is incomplete: {shown_lines(run.receipt['reason'] or 'it does not say why')}"
@@ -360,14 +375,6 @@ def _notes(
         missing = sum(1 for i in _iterations(run, window) if i not in values[run])
         if missing:
             yield f"{run.name} has no value in {counted(missing)} of the window: left out"
-
-
-def _code_words(run: RecordedRun) -> str:
-    commit, content = (value_at(run.receipt, ["code", name]) for name in ("commit", "sha256"))
-    if not isinstance(commit, str):
-        return f"{run.name} {shown(content)[:12] if isinstance(content, str) else 'does not say'}"
-    changed = " and changes" if value_at(run.receipt, ["code", "modified"]) else ""
-    return f"{run.name} commit {shown(commit)[:12]}{changed}"
 
 
 def _iterations(run: RecordedRun, window: Window) -> list[int]:

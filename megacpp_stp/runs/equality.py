@@ -100,8 +100,8 @@ def _compare(a: RecordedRun, b: RecordedRun, window: Wanted | None) -> Equality:
     names = sorted((known[0] | known[1]) - alone - set(OF_THE_MACHINE), key=lambda name: (name != "lm_loss", name))
     validations = [_validations(run, window) for run in (a, b)]
     weights = [run.receipt.get(WEIGHTS) for run in (a, b)]
-    why_not = _why_no_weights(a, b)
-    both_weights = window is None and why_not is None
+    why_not = _why_no_weights(a, b) if window is None else "they are of the whole runs, and a window was asked for"
+    both_weights = why_not is None
     found = _first(records, names, at="") or _first(validations, _VALIDATED, at="validation ")
     if found is None and both_weights and weights[0] != weights[1]:
         found = FirstDifference(iteration=None, name=WEIGHTS, a=weights[0], b=weights[1], names=1)
@@ -113,7 +113,7 @@ def _compare(a: RecordedRun, b: RecordedRun, window: Wanted | None) -> Equality:
         names=tuple(names),
         validations=len(validations[0]),
         weights=both_weights,
-        not_compared=tuple(_not_compared(a, b, alone, no_weights=None if window is not None else why_not)),
+        not_compared=tuple(_not_compared(a, b, alone, no_weights=why_not)),
     )
 
 

@@ -50,6 +50,13 @@ class Gate:
             return DORMANT
         return ACTIVE if iteration >= self.first_active else WARMING
 
+    def weight_at(self, iteration: int) -> float:
+        """The weight in an iteration: 0 before the gate, then ``k / ramp_steps`` of it in the k-th."""
+        if self.regime_at(iteration) == DORMANT:
+            return 0.0
+        done = iteration - self.start_step
+        return self.weight if done >= self.ramp_steps else self.weight * done / self.ramp_steps
+
     def windows(self, iterations: int) -> dict[str, list[int] | None]:
         """First and last iteration of each regime in a run of so many iterations; None for one that it never has."""
         dormant = min(self.start_step, iterations) if self.acts else iterations

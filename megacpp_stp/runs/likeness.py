@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from megacpp_stp.plan.diff import Difference, compare
 from megacpp_stp.plan.facts import STAGES, same, value_at
+from megacpp_stp.runs.files import shown
 from megacpp_stp.runs.recorded import RecordedRun
 
 # What two runs must share, or a difference of their losses has more than one reason.
-KINDS = ("substrate", "pattern", "data", "tokenizer", "parallelism", "batch")
+KINDS = ("substrate", "code", "pattern", "data", "tokenizer", "parallelism", "batch")
 SEEDS = ("training.seed", "stp.seed")
 _BATCH = ("training.global_batch_size", "training.micro_batch_size", "training.sequence_length", "micro_batches")
 _PATTERN = ("model.pattern", "model.depth", "layout.source_pattern")
@@ -56,7 +57,7 @@ class Likeness:
 
     @property
     def is_controlled(self) -> bool:
-        """Whether the plans are known to differ in ``stp.*`` or seeds alone, on the same machine and data."""
+        """Whether the plans are known to differ in ``stp.*`` or seeds alone, with the same machine, code and data."""
         return self.complete and not (self.unlike or self.besides or self.changed)
 
 
@@ -75,7 +76,7 @@ def likeness(a: RecordedRun, b: RecordedRun) -> Likeness:
         if not (item.path == "data.path" and data_known)
     )
     unlike: dict[str, list[str]] = {}
-    for kind, what in (*_differing_kinds(differences), *_unknown(a, b)):
+    for kind, what in (*_differing_kinds(differences), *_codes(a, b), *_unknown(a, b)):
         unlike.setdefault(kind, []).append(what)
     return Likeness(
         differences=differences,
@@ -127,6 +128,24 @@ def _kind_of(item: Difference) -> str | None:
     if path.startswith(("data.splits", "data.source")) or path == "data.path":
         return "data"
     return _KIND_OF_GROUP.get(item.group)
+
+
+def _codes(a: RecordedRun, b: RecordedRun) -> Iterator[tuple[str, str]]:
+    """Other code of ours may compute something else under an equal plan."""
+    for run in (a, b):
+        if run.codes[0] is None:
+            yield "code", f"{run.name} does not say"
+        if len(run.codes) > 1:
+            yield "code", f"{run.name} changed it on the way"
+    if None not in (a.codes[0], b.codes[0]) and a.codes[0] != b.codes[0]:
+        yield "code", f"{_code_words(a)}, {_code_words(b)}"
+
+
+def _code_words(run: RecordedRun) -> str:
+    content, commit, modified = (value_at(run.receipt, ["code", name]) for name in ("sha256", "commit", "modified"))
+    if not isinstance(commit, str):
+        return f"{run.name} {shown(str(content))[:12]}"
+    return f"{run.name} commit {shown(commit)[:12]}{' and changes' if modified else ''}"
 
 
 def _unknown(a: RecordedRun, b: RecordedRun) -> Iterator[tuple[str, str]]:

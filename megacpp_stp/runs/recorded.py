@@ -70,10 +70,18 @@ class RecordedRun:
     @cached_property
     def substrates(self) -> tuple[Any, ...]:
         """Of all attempts, each once: a run that went on may have done so elsewhere."""
-        found = [self.receipt.get("substrate")]
-        for path in sorted(self.directory.glob(f"attempt-*/{RECEIPT}")):
-            require_regular(path)
-            earlier = read_json(path).get("substrate")
+        return self._of_all_attempts("substrate")
+
+    @cached_property
+    def codes(self) -> tuple[Any, ...]:
+        """Hashes of the code of megacpp-stp of all attempts, each once; None where a receipt does not say."""
+        return self._of_all_attempts("code", "sha256")
+
+    def _of_all_attempts(self, *path: str) -> tuple[Any, ...]:
+        found = [value_at(self.receipt, path)]
+        for file in sorted(self.directory.glob(f"attempt-*/{RECEIPT}")):
+            require_regular(file)
+            earlier = value_at(read_json(file), path)
             if earlier is not None and earlier not in found:
                 found.append(earlier)
         return tuple(found)
@@ -193,12 +201,20 @@ def _check_evidence(records: Sequence[Record], gate: Gate | None, *, path: Path)
         UserError: With the first iteration that was not as the schedule says.
     """
     for record in records:
-        said = record.get("stp_active")
+        said, weight = record.get("stp_active"), record.get("stp_weight")
         wanted = gate is not None and gate.regime_at(record["iteration"]) != DORMANT
         if said is not wanted and (gate is not None or said is not None):
             raise UserError(
                 f"says stp_active {shown(said)} in iteration {record['iteration']}, "
                 f"where the receipt's schedule says {wanted}",
+                field=shown(path),
+                fix="what ran is not what the receipt says; use another run",
+            )
+        scheduled = None if gate is None else gate.weight_at(record["iteration"])
+        if weight is not None and (scheduled is None or not math.isclose(weight, scheduled, rel_tol=1e-9)):
+            raise UserError(
+                f"says stp_weight {weight:g} in iteration {record['iteration']}, "
+                f"where the receipt's schedule says {'nothing' if scheduled is None else f'{scheduled:g}'}",
                 field=shown(path),
                 fix="what ran is not what the receipt says; use another run",
             )

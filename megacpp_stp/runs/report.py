@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.arms import Arm, Pairing, make_arms, pair_seeds
-from megacpp_stp.runs.compare import Comparison, Point, RunResult, compare_runs, read_runs
+from megacpp_stp.runs.compare import Comparison, RunResult, compare_runs, read_runs, result_of
 from megacpp_stp.runs.files import shown
 from megacpp_stp.runs.gate import Gate
 from megacpp_stp.runs.invalid import invalid_reason, require_valid
@@ -168,34 +168,10 @@ def _of_one(directory: Path, *, metric: str, window: Wanted | None, invalid: tup
         metric=metric,
         window=chosen,
         arms=(arm,),
-        results=(_result(arm, run, values=values, window=chosen),),
+        results=(result_of(arm, run, metric=metric, values=values, window=chosen),),
         comparison=None,
         pairings=(),
         invalid=invalid,
-    )
-
-
-def _result(arm: Arm, run: RecordedRun, *, values: Mapping[int, float], window: Window) -> RunResult:
-    """What `compare_runs` says of each run, of one that is alone."""
-    inside = [Point(value=values[i], iteration=i) for i in window.iterations]
-    validations = [
-        Point(value=record["lm_loss"], iteration=record["iteration"])
-        for record in run.validation
-        if window.first <= record["iteration"] <= window.last
-    ]
-    acts = run.gate is not None and run.gate.acts
-    return RunResult(
-        arm=arm.letter,
-        name=run.name,
-        seed=run.seed,
-        status=run.receipt["status"],
-        stp_weight=None if run.gate is None else run.gate.weight,
-        gate=run.gate.first_live if run.gate is not None and acts else None,
-        regimes={} if run.gate is None else run.gate.regimes(window.iterations),
-        mean=math.fsum(point.value for point in inside) / len(inside),
-        best=min(inside, key=lambda point: point.value),
-        last=inside[-1],
-        best_validation=min(validations, key=lambda point: point.value, default=None),
     )
 
 

@@ -24,6 +24,7 @@ DATA = {
     "tokenizer": {"vocab_size": 512, "sha256": "cd"},
     "source_sha256": "ef",
 }
+CODE = {"version": "0.1.0", "sha256": "c" * 64, "commit": "b" * 40, "modified": False}
 ITERATIONS = 40
 GATE = 10  # iterations before it
 
@@ -52,6 +53,7 @@ def make_run(
     complete=True,
     substrate=SUBSTRATE,
     data=DATA,
+    code=CODE,
     validation=None,
     speed=1000.0,
 ):
@@ -65,6 +67,7 @@ def make_run(
         complete: Whether it says that it is.
         substrate: What it ran on.
         data: What it read.
+        code: Which of ours ran.
         validation: Losses by iteration.
         speed: Tokens a second.
     """
@@ -73,7 +76,7 @@ def make_run(
     create_run_directory(directory)
     write_json(directory / "plan.json", plan)
     receipt = Receipt.create(directory, plan_facts(plan))
-    receipt.update(substrate=substrate, data=data, parameters={"total": 5, "by_pipeline_rank": [3, 2]})
+    receipt.update(substrate=substrate, data=data, code=code, parameters={"total": 5, "by_pipeline_rank": [3, 2]})
     writer = MetricsWriter(directory / "metrics.jsonl")
     record = {}
     for iteration in range(1, iterations + 1):
@@ -90,7 +93,9 @@ def make_run(
         }
         if stp is not None:
             active = stp["weight"] > 0 and iteration > stp["start_step"]
+            ramp = min(1.0, (iteration - stp["start_step"]) / max(stp["ramp_steps"], 1))
             record |= {"stp_loss": 0.5, "stp_active": active, "stp_loss_by_tap": {"6": 0.25, "12": 0.75}}
+            record["stp_weight"] = stp["weight"] * ramp if active else 0.0
         writer.write(record)
     writer.close()
     losses = {iterations: loss(iterations)} if validation is None else validation

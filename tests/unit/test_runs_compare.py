@@ -10,7 +10,19 @@ from megacpp_stp.runs.compare import compare_runs
 from megacpp_stp.runs.files import read_json, write_json
 from megacpp_stp.runs.gate import Gate
 from megacpp_stp.stp.config import StpConfig
-from tests.unit.made_runs import DATA, GATE, ITERATIONS, SUBSTRATE, answer, compare, loss_of, make_run, noise, refused
+from tests.unit.made_runs import (
+    CODE,
+    DATA,
+    GATE,
+    ITERATIONS,
+    SUBSTRATE,
+    answer,
+    compare,
+    loss_of,
+    make_run,
+    noise,
+    refused,
+)
 
 WITHOUT = "stp=null"
 
@@ -70,7 +82,11 @@ def test_a_difference_that_noise_could_make_is_none(tmp_path):
 
 
 def test_other_metrics_and_parts_of_them(pair):
-    assert compare(*pair, "--metric", "bits_per_byte")["pairs"][0]["difference"] == pytest.approx(-0.5 / 3)
+    bits = compare(*pair, "--metric", "bits_per_byte")
+    assert bits["pairs"][0]["difference"] == pytest.approx(-0.5 / 3)
+    assert bits["runs"][0]["best_validation"] == {"value": 1.0, "iteration": 40}
+    assert "(bits a byte)" in answer("compare", *pair, "--metric", "bits_per_byte")
+    assert "(nats a token)" in answer("compare", *pair, "--metric", "grad_norm")
     fast = compare(*pair, "--metric", "tokens_per_s")
     assert fast["runs"][0]["best"] == {"value": 1040.0, "iteration": 40}
     assert compare(*pair, "--metric", "learning_rate")["runs"][0]["best"] is None
@@ -164,6 +180,7 @@ def test_regimes_are_those_of_the_schedule_that_trains(weight, start, ramp):
     config = StpConfig(weight=weight, n_spans=1, start_step=start, taps=(1,), seed=0, ramp_steps=ramp)
     for done in range(12):
         now = config.weight_at(done)
+        assert gate.weight_at(done + 1) == now
         wanted = "dormant" if now == 0 else "active" if now == weight else "warming"
         assert gate.regime_at(done + 1) == wanted, done
     if weight:
@@ -216,7 +233,23 @@ def test_unlike_runs_are_refused_or_labelled(tmp_path, case):
     assert f"UNLIKE RUNS ({kind}" in answer("compare", a, b, "--allow-unlike").splitlines()[0]
 
 
-@pytest.mark.parametrize("part", ["substrate", "data"])
+def test_other_code_of_ours_is_unlike(tmp_path):
+    """An equal plan under other code may compute something else, also where only an earlier attempt ran it."""
+    a, b = make_run(tmp_path / "a", WITHOUT), make_run(tmp_path / "b", code={**CODE, "sha256": "d" * 64})
+    c = make_run(tmp_path / "c", code={"sha256": "e" * 64, "commit": "f" * 40, "modified": True})
+    assert f"unlike in code (a commit {'b' * 12}, b commit {'b' * 12})" in refused("compare", a, b).problem
+    assert f"a commit {'b' * 12}, c commit {'f' * 12} and changes" in refused("compare", a, c).problem
+    found = compare(a, b, "--allow-unlike")
+    assert found["title"].startswith("UNLIKE RUNS (code)")
+    assert not found["pairs"][0]["controlled"]
+    went_on = make_run(tmp_path / "went-on")
+    (went_on / "attempt-0").mkdir()
+    write_json(went_on / "attempt-0" / "receipt.json", {"code": {**CODE, "sha256": "d" * 64}})
+    assert "unlike in code (went-on changed it on the way)" in refused("compare", a, went_on).problem
+    compare(a, make_run(tmp_path / "same", code={**CODE, "commit": None, "modified": None}))
+
+
+@pytest.mark.parametrize("part", ["substrate", "code", "data"])
 def test_what_neither_run_says_is_not_alike(tmp_path, part):
     a, b = make_run(tmp_path / "a", WITHOUT, **{part: None}), make_run(tmp_path / "b", **{part: None})
     assert f"unlike in {part} (a does not say, b does not say)" in refused("compare", a, b).problem
@@ -267,9 +300,18 @@ def test_a_receipt_that_the_records_contradict_is_refused(pair):
         "says stp_active False in iteration 11, where the receipt's schedule says True"
         in refused("compare", *pair).problem
     )
+    path.write_text(text.replace('"stp_weight": 0.02', '"stp_weight": 0.2'))
+    assert (
+        "says stp_weight 0.2 in iteration 11, where the receipt's schedule says 0.02"
+        in refused("compare", *pair).problem
+    )
     path.write_text(text.replace("stp_active", "x"))
     assert "says stp_active None in iteration 1" in refused("compare", *pair).problem
     (pair[0] / "metrics.jsonl").write_text(text)
+    assert "says stp_weight 0 in iteration 1, where the receipt's schedule says nothing" in (
+        refused("compare", *pair).problem
+    )
+    (pair[0] / "metrics.jsonl").write_text(text.replace("stp_weight", "x"))
     assert "says stp_active True in iteration 11, where" in refused("compare", *pair).problem
 
 

@@ -97,8 +97,11 @@ def test_an_invalid_run_leaves_every_table_loudly(folder):
     text = answer("show", folder)
     assert "a is INVALID: wrong data" in text
     assert "3 @ 20" not in text
-    assert answer("show", folder / "a").startswith(" INVALID: wrong data ")
-    assert json.loads(answer("show", folder / "a", "--format", "json"))["invalid"] == "wrong data"
+    text = answer("show", folder / "a")
+    assert text.startswith(" INVALID: wrong data ")
+    assert "lm loss" not in text
+    shown = json.loads(answer("show", folder / "a", "--format", "json"))
+    assert shown == {"directory": str(folder / "a"), "status": "INVALID", "invalid": "wrong data"}
     for more in ((), ("--assert-equal",), ("--allow-unlike",)):
         error = refused("compare", folder / "c", folder / "a", *more)
         assert error.problem == "is INVALID: wrong data"

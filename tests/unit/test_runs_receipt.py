@@ -15,7 +15,7 @@ from megacpp_stp.runs.tally import Tally, tally_of
 from megacpp_stp.training.code import code_facts
 from megacpp_stp.training.collected import ranks_by_loss
 from megacpp_stp.training.weights import digest_of_parts, part_digest
-from tests.unit.made_runs import ITERATIONS, answer, compare, make_run, runs
+from tests.unit.made_runs import ITERATIONS, answer, compare, make_run, refused, runs
 
 STARTED = "2026-11-20T10:00:00+00:00"
 AT = 1795168800.0  # the same in seconds
@@ -96,7 +96,8 @@ def older(run):
 def test_version_1_is_read(tmp_path):
     a, b = make_run(tmp_path / "a"), older(make_run(tmp_path / "b", "stp.weight=0.1"))
     assert "nam56r-tiny: complete" in answer("show", b)
-    assert compare(a, b)["pairs"][0]["controlled"]
+    assert "unlike in code (b does not say)" in refused("compare", a, b).problem
+    assert compare(a, b, "--allow-unlike")["title"].startswith("UNLIKE RUNS (code)")
     assert runs("compare", a, older(make_run(tmp_path / "c")), "--assert-equal").exit_code == 0
     Receipt(b).begin_attempt(from_iteration=4, plan_digest="x")
     assert read_receipt(b)["receipt_version"] == 2
@@ -118,16 +119,6 @@ def test_another_version_is_an_error(tmp_path, version):
     (run / "receipt.json").write_text(json.dumps({**receipt, "receipt_version": version}))
     with pytest.raises(UserError, match="version"):
         read_receipt(run)
-
-
-def test_a_comparison_says_that_the_code_is_not_the_same(tmp_path):
-    a, b, c = (make_run(tmp_path / name, f"stp.weight={w}") for name, w in (("a", 0.02), ("b", 0.1), ("c", 0.1)))
-    one = {"version": "0.1.0", "sha256": "a" * 64, "commit": "b" * 40, "modified": True}
-    for run, code in ((a, one), (b, {**one, "sha256": "c" * 64, "commit": None, "modified": None}), (c, one)):
-        Receipt(run).update(code=code)
-    said = "not the same code of megacpp-stp: a commit bbbbbbbbbbbb and changes, b cccccccccccc"
-    assert said in compare(a, b)["notes"]
-    assert not any("code" in note for note in compare(a, c)["notes"])
 
 
 # What only torch and git know

@@ -89,7 +89,8 @@ def test_seeds_in_twos(tmp_path):
     """Two single runs are partners whatever their seeds; arms without a common seed are not compared."""
     one, two = seeded(tmp_path, [1], WITHOUT)[0], seeded(tmp_path, [2], better=0.5)[0]
     found = compare(one, two)
-    assert found["pairs"][0]["controlled"]
+    assert found["title"].startswith("NOT CONTROLLED")
+    assert found["pairs"][0]["standing"] == "not controlled: training.seed differs too"
     assert any("other batches" in note for note in found["notes"])
     three = seeded(tmp_path, [3], better=0.5)[0]
     assert "no seed in common" in refused("compare", one, two, three).problem
@@ -100,6 +101,7 @@ def test_seeds_alone_show_what_a_seed_makes(tmp_path):
     assert [pair["b"] for pair in found["pairs"]] == ["B", "C"]
     assert found["window"]["first"] == 1
     assert all("this is what a seed makes" in pair["standing"] for pair in found["pairs"])
+    assert found["title"].startswith("NOT CONTROLLED")
     twin = make_run(tmp_path / "twin", "training.seed=1")
     same = compare(tmp_path / "base-1", twin)["pairs"][0]
     assert same["standing"].startswith("controlled: the plans are equal")
