@@ -96,9 +96,12 @@ $(DATASET): | $(STAMP)
 	"$(BIN)/megacpp-stp" data prepare "$$include" --output data/torch-headers \
 	  --suffix .h --suffix .hpp --suffix .cuh --vocab-size 4096 --max-bytes 24000000
 
+# Half of the tests are one process, the others mostly two: two files at a time keep two cores busy.
+TEST_PROCESSES := 2
+
 # pytest comes last in both, so that its closing line is the last one printed.
 test: lint ## Lint, then the tests that need neither minutes nor a GPU
-	@OMP_NUM_THREADS=1 "$(BIN)/pytest" -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 "$(BIN)/pytest" -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not gpu"
 
 test-all: lint ## Lint, then all tests; those that need a GPU skip themselves where there is none
 	@OMP_NUM_THREADS=1 "$(BIN)/pytest"
