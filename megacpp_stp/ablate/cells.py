@@ -13,6 +13,8 @@ from megacpp_stp.plan.build import Device, RunPlan, build_plan
 from megacpp_stp.plan.diff import compare
 from megacpp_stp.plan.facts import Side
 from megacpp_stp.recipe import Recipe, load_recipe, restore_recipe
+from megacpp_stp.runs.bootstrap import FEWEST_SEEDS, FEWEST_VALUES
+from megacpp_stp.runs.compare import counted
 from megacpp_stp.runs.gate import DORMANT, Gate
 from megacpp_stp.runs.likeness import SEEDS
 
@@ -67,7 +69,7 @@ def plan_runs(matrix: Matrix, *, file: Path, device: Device, directory: Path) ->
 
     Raises:
         UserError: A cell that cannot be planned, with its name and the field; cells that are one run; a window in
-            which nothing that is compared acts.
+            which nothing that is compared acts, or that is too short for an interval.
     """
     recipes = {name_of(levels): _load(matrix, levels, file=file) for levels in matrix.cells()}
     runs = tuple(
@@ -78,6 +80,7 @@ def plan_runs(matrix: Matrix, *, file: Path, device: Device, directory: Path) ->
     cells = runs[: len(runs) // len(matrix.seeds)]
     _refuse_same(cells)
     _refuse_dormant(cells, matrix)
+    _refuse_too_few(cells, matrix)
     return runs
 
 
@@ -130,6 +133,10 @@ def differing(a: PlannedRun, b: PlannedRun) -> tuple[str, ...]:
     return tuple(item.path for item in compare(*sides).differences if item.path not in SEEDS)
 
 
+def _differ_in_stp(a: PlannedRun, b: PlannedRun) -> bool:
+    return any(path == "stp" or path.startswith("stp.") for path in differing(a, b))
+
+
 def _acts(run: PlannedRun) -> bool:
     gate = run.gate
     return gate is not None and gate.acts and gate.first_live <= run.iterations
@@ -177,9 +184,8 @@ def _refuse_dormant(cells: Sequence[PlannedRun], matrix: Matrix) -> None:
         )
     base = next(run for run in cells if run.levels == matrix.baseline)
     for run in cells:
-        in_stp = any(path == "stp" or path.startswith("stp.") for path in differing(base, run))
         acting = [one.gate for one in (base, run) if one.gate is not None and one.gate.acts]
-        if in_stp and all(gate.regime_at(last) == DORMANT for gate in acting):
+        if _differ_in_stp(base, run) and all(gate.regime_at(last) == DORMANT for gate in acting):
             opens = min((gate.first_live for gate in acting), default=None)
             raise UserError(
                 f"lies wholly before the gate of {base.cell} and {run.cell}"
@@ -188,3 +194,34 @@ def _refuse_dormant(cells: Sequence[PlannedRun], matrix: Matrix) -> None:
                 value=matrix.window,
                 fix="choose a window after the gate, or write null for the one in which STP has all of its weight",
             )
+
+
+def _refuse_too_few(cells: Sequence[PlannedRun], matrix: Matrix) -> None:
+    """Refuse a matrix with too few seeds for an interval over them, and too few iterations for one over those."""
+    if len(matrix.seeds) >= FEWEST_SEEDS:
+        return
+    wanted, last = matrix.wanted, min(run.iterations for run in cells)
+    if wanted is not None:
+        first, last = wanted.first or 1, min(wanted.last or last, last)
+    else:
+        first = _first_active(cells, last=last)
+    count = last - first + 1
+    if count >= FEWEST_VALUES:
+        return
+    seeds = f"{len(matrix.seeds)} seed{'s' if len(matrix.seeds) != 1 else ''}"
+    raise UserError(
+        f"{seeds} and {counted(count)}, {first} to {last}, to compare: no interval can be told from so few",
+        field="seeds" if wanted is None else "window",
+        value=list(matrix.seeds) if wanted is None else matrix.window,
+        fix=f"name {FEWEST_SEEDS} seeds or more, or compare {FEWEST_VALUES} iterations or more"
+        + (": train longer, or open the gate earlier" if wanted is None else ""),
+    )
+
+
+def _first_active(cells: Sequence[PlannedRun], *, last: int) -> int:
+    """Where the window will begin that a matrix without one of its own is judged over."""
+    gates = [run.gate for run in cells if run.gate is not None and run.gate.acts]
+    if not gates or not any(_differ_in_stp(cells[0], run) for run in cells[1:]):
+        return 1
+    first = max(gate.first_active for gate in gates)
+    return first if first <= last else max(gate.first_live for gate in gates)

@@ -16,6 +16,8 @@ from megacpp_stp.runs.recorded import RecordedRun
 from megacpp_stp.runs.window import Window, require_live
 
 BETTER, WORSE, UNKNOWN = "better", "worse", "cannot be told"
+NO_VERDICT = "no verdict over seeds"
+LOWER, HIGHER = "lower", "higher"
 Runs = Mapping[tuple[str, int], RecordedRun]
 _MOST_NAMED = 6
 
@@ -26,7 +28,9 @@ class Contrast:
 
     Attributes:
         pairs: Cells, base and other, over which the difference is a mean.
-        verdict: ``better``, ``worse`` or ``cannot be told``.
+        verdict: ``better``, ``worse`` or ``cannot be told``; ``no verdict over seeds`` where there are too few of them.
+        within: What the interval says of these runs, as `runs compare` does: ``lower``, ``higher``,
+            ``no difference shown`` or ``no interval``; None where nothing was computed.
         refused: Why nothing was computed; None when it was. Then all numbers are None.
         seeds: Seeds for which all runs are complete.
         by_seed: Difference of each: mean over pairs and iterations.
@@ -41,6 +45,7 @@ class Contrast:
 
     pairs: tuple[tuple[str, str], ...]
     verdict: str
+    within: str | None = None
     refused: str | None = None
     seeds: tuple[int, ...] = ()
     by_seed: tuple[float, ...] = ()
@@ -82,9 +87,11 @@ def contrast(
     difference = _mean(by_seed)
     base = _mean([values[a][i] for row in matched for a, _ in row for i in window.iterations])
     interval, method = interval_of([[_mean(column) for column in zip(*row, strict=True)] for row in series])
+    within = _within(interval)
     return Contrast(
         pairs=tuple(pairs),
-        verdict=_verdict(interval),
+        verdict=_verdict(within, seeds=len(seeds)),
+        within=within,
         seeds=tuple(seeds),
         by_seed=by_seed,
         by_pair=tuple(_mean([_mean(row[place]) for row in series]) for place in range(len(pairs))),
@@ -174,12 +181,19 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _verdict(interval: Interval | None) -> str:
+def _within(interval: Interval | None) -> str:
     if interval is None:
-        return UNKNOWN
+        return "no interval"
     if interval.high < 0:
-        return BETTER
-    return WORSE if interval.low > 0 else UNKNOWN
+        return LOWER
+    return HIGHER if interval.low > 0 else "no difference shown"
+
+
+def _verdict(within: str, *, seeds: int) -> str:
+    """Of the levels. An interval over iterations is of these runs alone, and no level is better by it."""
+    if seeds < FEWEST_SEEDS:
+        return NO_VERDICT
+    return {LOWER: BETTER, HIGHER: WORSE}.get(within, UNKNOWN)
 
 
 def _over(difference: float, mean: float) -> float | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from megacpp_stp.ablate.cells import of_cell
 from megacpp_stp.ablate.state import Step, Task
 from megacpp_stp.errors import UserError
+from megacpp_stp.patches.registry import code_hash
 from megacpp_stp.runs.files import METRICS, RECEIPT
 from megacpp_stp.runs.receipt import read_receipt
 from megacpp_stp.training.launcher import Launch
@@ -70,16 +71,16 @@ def run_tasks(tasks: Sequence[Task], *, say: Say) -> Ended:
         say: Takes a line on how it goes.
 
     Raises:
-        UserError: What a launch refuses, with the run.
+        UserError: What a launch refuses, with the run; or the code was changed meanwhile.
     """
-    ended = Ended()
+    ended, code = Ended(), code_hash()
     waiting = [task for task in tasks if task.is_open]
     seconds: list[float] = []
     for done, task in enumerate(waiting, start=1):
         say(f"[{done}/{len(waiting)}] {task.run.name}: {_beginning(task)}")
         before = time.monotonic()
         try:
-            status = _launch(task)
+            status = _launch(task, code=code)
         except KeyboardInterrupt:  # between two runs, or while one is being checked
             ended.stopped = INTERRUPTED
             return ended
@@ -93,9 +94,15 @@ def run_tasks(tasks: Sequence[Task], *, say: Say) -> Ended:
     return ended
 
 
-def _launch(task: Task) -> int:
+def _launch(task: Task, *, code: str) -> int:
     launch = launch_of(task)
     try:
+        if code_hash() != code:
+            raise UserError(
+                "of megacpp-stp was changed since this start began: its runs would be no one matrix",
+                field="code",
+                fix="bring it back as it was and go on by --resume, or begin anew",
+            )
         launch.preflight()
     except UserError as error:
         raise of_cell(error, task.run.name) from None

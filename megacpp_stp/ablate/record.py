@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.ablate.cells import PlannedRun
+from megacpp_stp.ablate.contrast import Runs
 from megacpp_stp.ablate.matrix import Matrix, name_of
+from megacpp_stp.ablate.own_page import put_page
+from megacpp_stp.ablate.page import matrix_page
 from megacpp_stp.ablate.verdict import Verdict
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.files import RECEIPT, write_json
 from megacpp_stp.runs.invalid import invalid_reason
 from megacpp_stp.runs.receipt import read_receipt
-from megacpp_stp.runs.report import build_report
-from megacpp_stp.runs.report_files import write_report
-from megacpp_stp.runs.report_ink import require_matplotlib
-from megacpp_stp.runs.window import Wanted
 
 ABLATION, PAGE = "ablation.json", "report.html"
 ABLATION_FORMAT = 1
@@ -65,29 +64,27 @@ def write_record(content: dict[str, Any], directory: Path) -> None:
     write_json(directory / ABLATION, content)
 
 
-def write_page(matrix: Matrix, planned: Sequence[PlannedRun], verdict: Verdict, *, directory: Path) -> str:
-    """Write report.html on all runs, once the matrix is complete.
+def write_page(matrix: Matrix, runs: Runs, verdict: Verdict, *, directory: Path) -> str:
+    """Write report.html, or renew the one that an earlier start wrote, so that it says what the runs say now.
+
+    Args:
+        matrix: What was wanted.
+        runs: Its complete runs, by cell and seed.
+        verdict: What they say.
+        directory: Of the matrix.
 
     Returns:
         A line on it: where it is, or why there is none.
     """
     path = directory / PAGE
-    if os.path.lexists(path):
-        return f"page: {path}, as it was written before"
-    if verdict.refused is not None or verdict.missing or verdict.window is None:
-        return "no page: it is written when all runs are complete"
-    base = [run for run in planned if run.levels == matrix.baseline]
-    others = [run for run in planned if run.levels != matrix.baseline]
     try:
-        require_matplotlib()
-        report = build_report(
-            [run.directory for run in (*base, *sorted(others, key=lambda run: run.cell))],
-            metric=matrix.metric,
-            window=Wanted(first=verdict.window.first, last=verdict.window.last),
-            # What the matrix did not ask for is refused before; the page says in its title what it did ask for.
-            allow_unlike=True,
-        )
-        write_report(report, output=path, directory=None)
+        put_page(path, matrix_page(matrix, runs, verdict))
     except UserError as error:
         return f"no page: {error.problem}" + (f" ({error.fix})" if error.fix else "")
     return f"page: {path}"
+
+
+def renew_page(matrix: Matrix, runs: Runs, verdict: Verdict, *, directory: Path) -> None:
+    """Bring the page of an earlier start up to date, where there is one."""
+    if os.path.lexists(directory / PAGE):
+        write_page(matrix, runs, verdict, directory=directory)

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.ablate.cells import PlannedRun
+from megacpp_stp.ablate.contrast import Runs
 from megacpp_stp.ablate.execute import INTERRUPTED, Ended, Say, check_tasks, run_tasks
 from megacpp_stp.ablate.matrix import Matrix
-from megacpp_stp.ablate.record import as_dict, write_page, write_record
+from megacpp_stp.ablate.record import as_dict, renew_page, write_page, write_record
 from megacpp_stp.ablate.state import Task, strangers
-from megacpp_stp.ablate.verdict import Verdict, judge_matrix
+from megacpp_stp.ablate.verdict import Verdict, complete_runs, judge_runs
+from megacpp_stp.errors import UserError
 from megacpp_stp.runs.files import create_run_directory
 from megacpp_stp.runs.lock import launcher_lock
+
+_MISTAKE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +50,8 @@ def run_matrix(
         matrix: What is wanted.
         planned: All of its runs.
         tasks: What is to be done with each.
-        directory: Of the matrix; made where it is not there. Nothing in it is overwritten but ablation.json.
+        directory: Of the matrix; made where it is not there. Nothing in it is overwritten but ablation.json and the
+            page that an earlier start wrote.
         say: Takes lines on how it goes.
 
     Raises:
@@ -54,25 +59,37 @@ def run_matrix(
     """
     try:
         check_tasks(tasks)
-    except KeyboardInterrupt:
-        return _outcome(matrix, planned, Ended(stopped=INTERRUPTED), directory=directory, write=directory.exists())
+    except KeyboardInterrupt:  # without the lock nothing is written
+        return _outcome(matrix, planned, Ended(stopped=INTERRUPTED), directory=directory, write=False)
     if not directory.exists():
         create_run_directory(directory)
     with launcher_lock(directory):
         write_record(as_dict(matrix, planned, None, directory=directory), directory)
+        if any(task.is_open for task in tasks):
+            # A page of an earlier start would claim for hours what is no longer so.
+            renew_page(matrix, *_judged(matrix, planned), directory=directory)
         for name in strangers(planned, directory=directory):
             say(f"{name} is of no cell of this matrix: left out")
-        ended = run_tasks(tasks, say=say)
+        try:
+            ended = run_tasks(tasks, say=say)
+        except UserError:
+            _outcome(matrix, planned, Ended(stopped=_MISTAKE), directory=directory, write=True)
+            raise
         return _outcome(matrix, planned, ended, directory=directory, write=True)
 
 
+def _judged(matrix: Matrix, planned: Sequence[PlannedRun]) -> tuple[Runs, Verdict]:
+    runs, missing = complete_runs(planned)
+    return runs, judge_runs(matrix, runs, missing=missing)
+
+
 def _outcome(matrix: Matrix, planned: Sequence[PlannedRun], ended: Ended, *, directory: Path, write: bool) -> Outcome:
-    verdict = judge_matrix(matrix, planned)
+    runs, verdict = _judged(matrix, planned)
     content = as_dict(matrix, planned, verdict, directory=directory)
-    page = "no page"
+    page = "nothing was written"
     if write:
         write_record(content, directory)
-        page = write_page(matrix, planned, verdict, directory=directory)
+        page = write_page(matrix, runs, verdict, directory=directory)
     # What was marked INVALID is missing because a person wants it to be.
     is_lacking = verdict.refused is not None or any(
         row["status"] not in ("complete", "INVALID") for row in content["runs"]

@@ -9,10 +9,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from megacpp_stp.ablate.cells import PlannedRun, of_cell
+from megacpp_stp.ablate.code import require_this_code
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import Device
 from megacpp_stp.plan.changes import check_changes
 from megacpp_stp.runs.attempts import find_continuation, read_run_plan
+from megacpp_stp.runs.begun import nothing_has_run
 from megacpp_stp.runs.files import PLAN, exists_already, read_json, shown
 from megacpp_stp.runs.folder import is_run
 from megacpp_stp.runs.invalid import invalid_reason
@@ -66,8 +68,8 @@ def list_tasks(runs: Sequence[PlannedRun], *, directory: Path, resume: bool) -> 
         resume: Whether it may be there already.
 
     Raises:
-        UserError: The directory is there and is not to be continued, or a run in it is not the one that is planned;
-            the differences are listed.
+        UserError: The directory is there and is not to be continued; a run in it is not the one that is planned, with
+            the differences; or there is something left to run, and other code made what is there.
     """
     if not resume:
         if os.path.lexists(directory):
@@ -91,6 +93,12 @@ def list_tasks(runs: Sequence[PlannedRun], *, directory: Path, resume: bool) -> 
         first, *rest = edited
         more = f"\n  and {len(rest)} more runs: {', '.join(one.run.name for one in rest)}" if rest else ""
         raise UserError(f"{first.error.problem}{more}", field=f"cell {first.run.name}", fix=_EDITED)
+    if any(task.is_open for task in found):
+        kept, begun = (
+            {task.run.name: task.run.directory for task in found if task.step is step}
+            for step in (Step.KEEP, Step.GO_ON)
+        )
+        require_this_code(kept, begun)
     return tuple(found)
 
 
@@ -106,6 +114,8 @@ def _task(run: PlannedRun) -> Task:
     directory = run.directory
     if not os.path.lexists(directory):
         return Task(run=run, step=Step.BEGIN)
+    if nothing_has_run(directory):  # its launcher was killed as it began
+        return Task(run=run, step=Step.BEGIN, from_iteration=0)
     wanted = run.plan.as_dict()
     try:
         if not is_run(directory):

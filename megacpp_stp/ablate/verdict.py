@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megacpp_stp.ablate.cells import PlannedRun
-from megacpp_stp.ablate.contrast import UNKNOWN, Contrast, Runs, contrast
+from megacpp_stp.ablate.code import require_one_code
+from megacpp_stp.ablate.contrast import Contrast, Runs, contrast
 from megacpp_stp.ablate.matrix import Matrix, name_of
+from megacpp_stp.ablate.words import sentence_words
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.facts import value_at
-from megacpp_stp.runs.bootstrap import CONFIDENCE, FEWEST_SEEDS
+from megacpp_stp.runs.bootstrap import FEWEST_SEEDS
 from megacpp_stp.runs.files import shown_lines
 from megacpp_stp.runs.invalid import invalid_reason
 from megacpp_stp.runs.likeness import likeness
 from megacpp_stp.runs.receipt import read_receipt
 from megacpp_stp.runs.recorded import RecordedRun, read_run
 from megacpp_stp.runs.window import Window, choose_window
-
-UNITS = {"lm_loss": "nats a token", "bits_per_byte": "bits a byte"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +102,22 @@ class Verdict:
 
 def judge_matrix(matrix: Matrix, planned: Sequence[PlannedRun]) -> Verdict:
     """Read what the runs left and say what it means. Only complete runs count."""
-    runs, missing = _complete_runs(planned)
+    runs, missing = complete_runs(planned)
+    return judge_runs(matrix, runs, missing=missing)
+
+
+def judge_runs(matrix: Matrix, runs: Runs, *, missing: Sequence[str]) -> Verdict:
+    """Say what runs mean.
+
+    Args:
+        matrix: What was wanted.
+        runs: Those that are complete, by cell and seed.
+        missing: The others, each with why.
+    """
     cells = [name_of(levels) for levels in matrix.cells()]
     try:
         values = {run: run.values_of(matrix.metric) for run in runs.values()}
+        require_one_code(runs.values())
         _require_alike(runs)
         window = _window(matrix, runs, values)
     except UserError as error:
@@ -142,8 +154,8 @@ def judge_matrix(matrix: Matrix, planned: Sequence[PlannedRun]) -> Verdict:
     )
 
 
-def _complete_runs(planned: Sequence[PlannedRun]) -> tuple[dict[tuple[str, int], RecordedRun], list[str]]:
-    """Complete runs by cell and seed, and why the others are none."""
+def complete_runs(planned: Sequence[PlannedRun]) -> tuple[dict[tuple[str, int], RecordedRun], list[str]]:
+    """Read the complete runs, by cell and seed, and say of each other one why it is none."""
     found, missing = {}, []
     for run in planned:
         if not run.directory.exists():
@@ -176,8 +188,8 @@ def _window(matrix: Matrix, runs: Runs, values: Mapping[RecordedRun, Mapping[int
     if not runs:
         raise UserError("no run is complete yet", field="RUN")
     common = sorted(set.intersection(*(set(found) for found in values.values())))
-    seed = next(iter(runs))[1]
-    cells = [run for (_, its), run in runs.items() if its == seed]
+    # One run of each cell, whatever its seed: others of a cell differ from it in their seeds alone.
+    cells = list({cell: run for (cell, _), run in runs.items()}.values())
     in_stp = any(likeness(cells[0], other).in_stp for other in cells[1:])
     return choose_window(common, runs=list(runs.values()), in_stp=in_stp, wanted=matrix.wanted)
 
@@ -220,33 +232,19 @@ def _sentences(matrix: Matrix, effects: Sequence[Effect]) -> Iterator[str]:
     for factor in matrix.factors:
         mine = [effect for effect in effects if effect.factor == factor]
         if mine:
-            clauses = [f"{effect.level} against {effect.against} {_words(effect.contrast, matrix)}" for effect in mine]
+            clauses = [
+                f"{effect.level} against {effect.against} {sentence_words(effect.contrast, metric=matrix.metric)}"
+                for effect in mine
+            ]
             yield f"{factor}: {'; '.join(clauses)}."
-
-
-def _words(found: Contrast, matrix: Matrix) -> str:
-    if found.refused is not None:
-        return f"{UNKNOWN}: {found.refused}"
-    assert found.difference is not None
-    said = found.verdict if found.verdict == UNKNOWN else f"is {found.verdict}"
-    if found.interval is None:
-        interval = f"no interval: {found.method}"
-    else:
-        interval = f"{CONFIDENCE:.0%} interval {found.interval.low:+.4g} to {found.interval.high:+.4g}"
-    relative = "" if found.relative is None else f" ({found.relative:+.2%})"
-    seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) != 1 else ''}"
-    over = f", mean over {len(found.pairs)} pairs of cells" if len(found.pairs) > 1 else ""
-    standing = "" if found.controlled else f"; {found.standing}"
-    metric = f"{matrix.metric} {found.difference:+.4g} {UNITS[matrix.metric]}{relative}"
-    return f"{said}: {metric}, {interval}, {seeds}{over}{standing}"
 
 
 def _notes(runs: Runs, effects: Sequence[Effect], *, window: Window) -> Iterator[str]:
     counts = [len(effect.contrast.seeds) for effect in effects if effect.contrast.refused is None]
     if counts and min(counts) < FEWEST_SEEDS:
         yield "an interval over iterations says nothing of other seeds; name three or more for that"
-    if len(effects) > 1:
-        yield f"{len(effects)} levels are judged, and no interval is widened for their number"
+    if len(counts) > 1:
+        yield f"{len(counts)} levels are judged, and no interval is widened for their number"
     for effect in effects:
         signs = {math.copysign(1.0, value) for value in effect.contrast.by_pair}
         if len(signs) > 1:

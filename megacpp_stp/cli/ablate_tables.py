@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megacpp_stp.ablate.contrast import Contrast
 from megacpp_stp.ablate.cost import flops_of, seconds_left, tokens_of
 from megacpp_stp.ablate.execute import clock
 from megacpp_stp.ablate.matrix import Matrix, name_of
 from megacpp_stp.ablate.session import Outcome
 from megacpp_stp.ablate.state import Task
 from megacpp_stp.ablate.verdict import CellResult
+from megacpp_stp.ablate.words import difference_words, interval_words, verdict_words
 from megacpp_stp.plan.parameters import count, parts
 from megacpp_stp.runs.bootstrap import CONFIDENCE
 from megacpp_stp.runs.compare import counted
@@ -127,16 +127,7 @@ def _pair(cell: CellResult) -> list[Text]:
         return [Text("baseline"), Text("-"), Text("-"), Text("-")]
     if found.refused is not None:
         return [Text("-"), Text("-"), Text(found.verdict), Text(found.refused)]
-    return [Text(_difference(found)), Text(_interval(found)), Text(found.verdict), Text(found.standing)]
-
-
-def _difference(found: Contrast) -> str:
-    relative = "" if found.relative is None else f" ({found.relative:+.2%})"
-    return f"{found.difference:+.4g}{relative}"
-
-
-def _interval(found: Contrast) -> str:
-    return "-" if found.interval is None else f"{found.interval.low:+.4g} to {found.interval.high:+.4g}"
+    return [*map(Text, (difference_words(found), interval_words(found), verdict_words(found), found.standing))]
 
 
 def _number(value: float | None) -> str:

@@ -69,12 +69,12 @@ class RecordedRun:
 
     @cached_property
     def substrates(self) -> tuple[Any, ...]:
-        """Of all attempts, each once: a run that went on may have done so elsewhere."""
+        """Of all attempts that left iterations, each once: a run that went on may have done so elsewhere."""
         return self._of_all_attempts("substrate")
 
     @cached_property
     def codes(self) -> tuple[Any, ...]:
-        """Hashes of the code of megacpp-stp of all attempts, each once; None where a receipt does not say."""
+        """Hashes of the code of megacpp-stp, likewise; None where a receipt does not say."""
         return self._of_all_attempts("code", "sha256")
 
     def _of_all_attempts(self, *path: str) -> tuple[Any, ...]:
@@ -82,9 +82,18 @@ class RecordedRun:
         for file in sorted(self.directory.glob(f"attempt-*/{RECEIPT}")):
             require_regular(file)
             earlier = value_at(read_json(file), path)
-            if earlier is not None and earlier not in found:
+            if earlier is not None and earlier not in found and not self._was_undone(file.parent.name):
                 found.append(earlier)
         return tuple(found)
+
+    def _was_undone(self, attempt: str) -> bool:
+        """Whether a later attempt began where this one did, or before: none of its iterations is left."""
+        attempts = self.receipt.get("attempts", [])
+        starts = [value_at(each, ["from_iteration"]) for each in attempts]
+        number = attempt.removeprefix("attempt-")
+        if not number.isdecimal() or not 1 <= int(number) < len(starts) or not all(type(at) is int for at in starts):
+            return False
+        return bool(min(starts[int(number) :]) <= starts[int(number) - 1])
 
     @property
     def plan_changed(self) -> bool:

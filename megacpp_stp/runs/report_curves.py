@@ -19,6 +19,7 @@ from megacpp_stp.runs.window import Window
 WIDE, NARROW = 9.0, 4.4  # inches; what a page and a phone are to a font of 9 points
 _GIB = 2**30
 _ROW = 0.2  # inches that the line of an arm's regimes takes
+_LEGEND_LETTERS = 118  # that fit side by side, with the lines between them
 _LEAST_OF_WIDTH = 0.17  # what a word in it needs
 
 
@@ -111,7 +112,8 @@ def _draw_loss(figure: Figure, report: Report, *, what: str, narrow: bool) -> No
         heights = {"strip": strip, "whole": 2.5, "inside": 2.2}
         axes = figure.subplot_mosaic([[shape] for shape in shapes], height_ratios=[heights[shape] for shape in shapes])
     else:
-        figure.set_size_inches(WIDE, 3.5 + strip)
+        lines = -(-len(report.arms) // _legend_columns(report))
+        figure.set_size_inches(WIDE, 3.5 + strip + 0.2 * max(lines - 2, 0))
         rows = [[shape, "inside"] if zoomed else [shape] for shape in shapes if shape != "inside"]
         axes = figure.subplot_mosaic(
             rows, height_ratios=[strip, 3.2][-len(rows) :], width_ratios=[1.75, 1.0] if zoomed else None
@@ -209,8 +211,14 @@ def _legend(figure: Figure, report: Report, *, narrow: bool) -> None:
         handles.append(
             lines.Line2D([], [], color=colour_of(place), linestyle=dashes_of(place), label=arm_label(arm), **broad)
         )
-    columns = 1 if narrow else min(len(handles), 3)
+    columns = 1 if narrow else _legend_columns(report)
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, borderaxespad=0.2, handlelength=2.2)
+
+
+def _legend_columns(report: Report) -> int:
+    """As many, up to three, as hold the longest name."""
+    longest = max(len(arm_label(arm)) for arm in report.arms)
+    return max(min(len(report.arms), 3, _LEGEND_LETTERS // (longest + 5)), 1)
 
 
 def _regimes(axes: Axes, report: Report) -> None:

@@ -8,6 +8,7 @@ from html import escape
 from megacpp_stp import __version__
 from megacpp_stp.runs.bootstrap import CONFIDENCE
 from megacpp_stp.runs.compare import PairResult, counted
+from megacpp_stp.runs.recorded import RecordedRun
 from megacpp_stp.runs.report import UNITS, Report
 from megacpp_stp.runs.report_curves import arm_name, window_words
 from megacpp_stp.runs.report_ink import ARM_COLOURS, Plot, svg
@@ -28,19 +29,30 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def page(report: Report, plots: Sequence[Plot]) -> str:
     """The whole page."""
-    body = "\n".join([*_head(report), "<main>", *_main(report, plots), "</main>", *_foot(report)])
+    body = [*_head(report), "<main>", *_result(report), *sections(report, plots), "</main>", *foot(report.runs)]
+    return document(report.title, body)
+
+
+def document(title: str, body: Sequence[str], *, head: str = "") -> str:
+    """A page by itself.
+
+    Args:
+        title: Its name, as plain text.
+        body: Elements.
+        head: More for its head, as elements.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+{head}<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(report.title)}</title>
+<title>{escape(title)}</title>
 <style>
 {style_sheet()}</style>
 </head>
 <body>
-{body}
+{"\n".join(body)}
 </body>
 </html>
 """
@@ -61,7 +73,7 @@ def _head(report: Report) -> Iterator[str]:
     yield "</header>"
 
 
-def _main(report: Report, plots: Sequence[Plot]) -> Iterator[str]:
+def _result(report: Report) -> Iterator[str]:
     if report.comparison is not None:
         yield '<h2>Result</h2>\n<div class="verdicts">'
         for place, pair in enumerate(report.comparison.pairs, start=1):
@@ -69,20 +81,24 @@ def _main(report: Report, plots: Sequence[Plot]) -> Iterator[str]:
         yield "</div>"
         if report.comparison.notes:
             yield f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in report.comparison.notes)}</ul>"
+
+
+def sections(report: Report, plots: Sequence[Plot]) -> Iterator[str]:
+    """All but what the comparison came to: runs, figures, what differs, what ran."""
     yield "<h2>Runs</h2>"
-    yield _table(report, runs_table(report), first_is_arm=True)
+    yield table_element(runs_table(report), arms=[arm.letter for arm in report.arms])
     for plot in plots:
-        yield _figure(plot)
+        yield f"<h2>{escape(plot.heading)}</h2>\n{figure_element(plot)}"
     if report.comparison is not None:
         yield "<h2>What differs</h2>"
         found = differences_table(report)
         if found.rows:
             yield "<p>Leaf by leaf under the paths of <code>--set</code>, between the first runs of the arms.</p>"
-            yield _table(report, found)
+            yield table_element(found)
         else:
             yield "<p>Nothing: plans, substrate and data are equal.</p>"
     yield "<h2>What ran</h2>"
-    yield _table(report, facts_table(report))
+    yield table_element(facts_table(report))
 
 
 def _verdict(report: Report, pair: PairResult, place: int) -> str:
@@ -103,20 +119,26 @@ def _verdict(report: Report, pair: PairResult, place: int) -> str:
     )
 
 
-def _figure(plot: Plot) -> str:
+def figure_element(plot: Plot) -> str:
+    """A figure with its caption, for a desk and for a phone."""
     return (
-        f"<h2>{escape(plot.heading)}</h2>\n<figure>\n{svg(plot, narrow=False)}\n{svg(plot, narrow=True)}\n"
+        f"<figure>\n{svg(plot, narrow=False)}\n{svg(plot, narrow=True)}\n"
         f"<figcaption>{escape(plot.caption)}</figcaption>\n</figure>"
     )
 
 
-def _table(report: Report, table: Table, *, first_is_arm: bool = False) -> str:
-    letters = [arm.letter for arm in report.arms]
+def table_element(table: Table, *, arms: Sequence[str] = ()) -> str:
+    """A table.
+
+    Args:
+        table: Its text.
+        arms: Letters of all arms, where the first column has each row's; it is coloured.
+    """
 
     def one(place: int, text: str, tag: str) -> str:
         kind = ' class="number"' if place in table.numbers else ""
-        if tag == "td" and place == 0 and first_is_arm:
-            kind = f' class="arm" style="--arm: {_colour(letters.index(text))}"'
+        if tag == "td" and place == 0 and arms:
+            kind = f' class="arm" style="--arm: {_colour(arms.index(text))}"'
         elif tag == "td" and place and place not in table.numbers and not 24 < len(text) < 40:
             kind = ' class="wide"' if len(text) >= 40 else ' class="short"'
         elif tag == "td" and place == 0:
@@ -146,7 +168,8 @@ def _colour(place: int) -> str:
     return f"var(--{ARM_COLOURS[place % len(ARM_COLOURS)]})"
 
 
-def _foot(report: Report) -> Iterator[str]:
-    plans = ", ".join(f"{escape(run.name)} {escape(cell(run.side.digest)[:12])}" for run in report.runs)
+def foot(runs: Sequence[RecordedRun]) -> Iterator[str]:
+    """What made the page, and of what."""
+    plans = ", ".join(f"{escape(run.name)} {escape(cell(run.side.digest)[:12])}" for run in runs)
     made = f"Made by megacpp-stp {escape(__version__)} from receipts and metrics. Plans: {plans}."
     yield f"<footer><p>{made}</p></footer>"

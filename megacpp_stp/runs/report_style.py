@@ -20,7 +20,7 @@ p, li, figcaption { overflow-wrap: anywhere; text-wrap: pretty; }
 p { margin: 0 0 .75rem; max-width: 46rem; }
 header p { max-width: none; }
 .kind { color: var(--soft); font-size: .85rem; margin: 0 0 .4rem; }
-.soft, figcaption, footer { color: var(--soft); }
+figcaption, .under, footer { color: var(--soft); }
 h1.loud { display: inline-block; background: var(--loud); color: #fff; padding: .35rem .7rem; border-radius: .3rem; }
 .invalid { background: var(--loud); color: #fff; padding: .6rem .9rem; border-radius: .3rem; max-width: none; }
 .verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .9rem; }
@@ -56,7 +56,8 @@ figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }
 svg.narrow { display: none; }
-figcaption { font-size: .875rem; margin-top: .5rem; max-width: 46rem; }
+figcaption, .under { font-size: .875rem; margin-top: .5rem; max-width: 46rem; }
+figure + .scroll { margin-top: 1rem; }
 footer { font-size: .8rem; margin-top: 3rem; padding-bottom: 3rem; overflow-wrap: anywhere; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 @media (max-width: 40rem) {

@@ -146,6 +146,16 @@ def test_what_is_no_matrix_at_all_is_refused(tmp_path, text):
         ),
         ({"window": "1:10"}, "window", "wholly before the gate of spans=1,gate=early and spans=1,gate=late"),
         ({"window": "41:"}, "window", "begins after iteration 40"),
+        (
+            {"window": "21:31", "seeds": [1, 2]},
+            "window",
+            "2 seeds and 11 iterations, 21 to 31, to compare: no interval",
+        ),
+        (
+            {"set": [*CONTENT["set"], "training.iterations=31"], "seeds": [1]},
+            "seeds",
+            "1 seed and 11 iterations, 21 to 31, to compare: no interval",
+        ),
     ],
 )
 def test_a_matrix_that_could_come_to_nothing_is_refused_before_it_starts(tmp_path, changes, where, problem):
@@ -154,6 +164,25 @@ def test_a_matrix_that_could_come_to_nothing_is_refused_before_it_starts(tmp_pat
     assert where in caught.value.field
     assert problem in caught.value.problem
     assert caught.value.fix or where.startswith("cell")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"window": "21:32", "seeds": [1, 2]},
+        {"window": "21:21"},
+        {"set": [*CONTENT["set"], "training.iterations=32"], "seeds": [1]},
+        # Cells that do not differ in STP are compared over all iterations.
+        {
+            "factors": {"rate": {"low": [], "high": ["optimizer.lr=4e-3"]}},
+            "baseline": {"rate": "low"},
+            "set": [*CONTENT["set"], "training.iterations=15"],
+            "seeds": [1],
+        },
+    ],
+)
+def test_twelve_iterations_or_three_seeds_are_enough_to_begin(tmp_path, changes):
+    planned(tmp_path, **changes)
 
 
 def test_a_window_between_two_gates_is_one_for_those_that_differ_there(tmp_path):

@@ -6,19 +6,26 @@ from types import SimpleNamespace
 
 import pytest
 
-from megacpp_stp.ablate import execute, session
+from megacpp_stp.ablate import code, execute, session
 from megacpp_stp.ablate.cost import seconds_left
 from megacpp_stp.ablate.execute import check_tasks, clock, run_tasks
 from megacpp_stp.ablate.session import run_matrix
 from megacpp_stp.ablate.state import Step, device_of, list_tasks, strangers
+from megacpp_stp.ablate.verdict import judge_matrix
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.files import read_json, write_json
 from megacpp_stp.runs.invalid import invalidate
 from megacpp_stp.runs.lock import launcher_lock
 from tests.unit.made_matrix import CONTENT, leave, planned
-from tests.unit.made_runs import make_run
+from tests.unit.made_runs import CODE, make_run
 
 TWO = {"factors": {"spans": CONTENT["factors"]["spans"]}, "baseline": {"spans": "1"}, "seeds": [1, 2]}
+
+
+@pytest.fixture(autouse=True)
+def this_code(monkeypatch):
+    """This code is the one that made runs say they were made by."""
+    monkeypatch.setattr(code, "code_hash", lambda: CODE["sha256"])
 
 
 @pytest.fixture
@@ -53,7 +60,8 @@ class MadeLaunch:
 def made(monkeypatch):
     """What is launched, and the statuses that launches end with."""
     found = SimpleNamespace(log=[], statuses={})
-    monkeypatch.setattr(session, "write_page", lambda *_, **__: "no page")  # it takes seconds
+    for name in ("write_page", "renew_page"):
+        monkeypatch.setattr(session, name, lambda *_, **__: "no page")  # it takes seconds
     monkeypatch.setattr(execute, "launch_of", lambda task: MadeLaunch(task, statuses=found.statuses, log=found.log))
     return found
 
@@ -75,7 +83,7 @@ def test_a_new_matrix_runs_all_and_says_what_it_found(matrix, made):
     # Each cell once before the first run starts, then each run before it starts.
     assert made.log[:3] == [("check", order[0]), ("check", order[1]), ("check", order[0])]
     assert outcome.status == 0 and outcome.failed == ()
-    assert outcome.verdict.sentences[0].startswith("spans: 3 against 1 is better: lm_loss -0.1 nats a token")
+    assert outcome.verdict.sentences[0].startswith("spans: 3 against 1 is lower within these 2 seeds, no verdict")
     assert read_json(matrix.place / "ablation.json") == json.loads(json.dumps(outcome.content))
     assert outcome.content["status"] == "complete"
     assert [row["directory"] for row in outcome.content["runs"]][:2] == ["spans=1/1", "spans=3/1"]
@@ -151,6 +159,23 @@ def test_ctrl_c_while_cells_are_checked_writes_nothing(matrix, made, monkeypatch
     assert not matrix.place.exists()
 
 
+def test_ctrl_c_while_cells_are_checked_leaves_the_files_of_another_start_alone(matrix, made, monkeypatch):
+    """It has not got the lock: whoever has it may be writing."""
+    made.statuses["spans=3 seed 1"] = 130
+    run_all(matrix)
+    (matrix.place / "ablation.json").write_text("{}")
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MadeLaunch, "preflight", interrupt)
+    monkeypatch.setattr(session, "write_page", lambda *_, **__: pytest.fail("wrote a page"))
+    with launcher_lock(matrix.place):
+        outcome, _ = run_all(matrix, resume=True)
+    assert (outcome.status, outcome.page) == (130, "nothing was written")
+    assert (matrix.place / "ablation.json").read_text() == "{}"
+
+
 def test_a_run_that_diverges_is_left_and_the_others_run(matrix, made):
     made.statuses["spans=3 seed 1"] = 1
     outcome, lines = run_all(matrix)
@@ -191,6 +216,61 @@ def test_an_edited_matrix_is_refused_with_what_differs(matrix, tmp_path):
     assert "and 1 more runs: spans=3 seed 1" in caught.value.problem
 
 
+OTHER = {**CODE, "sha256": "d" * 64}
+
+
+@pytest.mark.parametrize("which", ["complete", "stopped", "an attempt"])
+def test_other_code_goes_on_with_no_matrix(matrix, made, which):
+    """An edit between a stop and --resume, before hours are spent on runs that would not count."""
+    made.statuses["spans=3 seed 1"] = 130
+    run_all(matrix)
+    place = matrix.runs[1 if which == "stopped" else 0].directory
+    receipt = read_json(place / "receipt.json") | {"code": OTHER}
+    if which == "an attempt":
+        place = place / "attempt-1"
+        place.mkdir()
+    write_json(place / "receipt.json", receipt)
+    with pytest.raises(UserError, match="was not made by this code of megacpp-stp, cccccccccccc") as caught:
+        list_tasks(matrix.runs, directory=matrix.place, resume=True)
+    assert caught.value.field == f"cell spans={3 if which == 'stopped' else 1} seed 1: code"
+    assert caught.value.value == "d" * 12 and "--run-dir" in caught.value.fix
+
+
+def test_code_matters_only_where_something_is_left_to_run(matrix, made, monkeypatch):
+    run_all(matrix)
+    monkeypatch.setattr(code, "code_hash", lambda: OTHER["sha256"])
+    assert {task.step for task in list_tasks(matrix.runs, directory=matrix.place, resume=True)} == {Step.KEEP}
+    invalidate(matrix.runs[0].directory, "read the wrong data")
+    list_tasks(matrix.runs, directory=matrix.place, resume=True)
+
+
+def test_a_run_that_ended_before_it_said_its_code_may_go_on(matrix, made):
+    run_all(matrix)
+    for run, steps_on in ((matrix.runs[1], True), (matrix.runs[0], False)):
+        receipt = read_json(run.directory / "receipt.json") | {"code": None}
+        write_json(run.directory / "receipt.json", receipt | ({"status": "incomplete"} if steps_on else {}))
+        if steps_on:
+            assert list_tasks(matrix.runs, directory=matrix.place, resume=True)[1].step is Step.GO_ON
+        else:
+            with pytest.raises(UserError, match="was not made by this code") as caught:
+                list_tasks(matrix.runs, directory=matrix.place, resume=True)
+            assert caught.value.value == "does not say"
+
+
+def test_code_that_is_changed_between_two_runs_stops_the_matrix(matrix, made, monkeypatch):
+    hashes = iter(["c" * 64] * 3 + ["d" * 64])
+    monkeypatch.setattr(execute, "code_hash", lambda: next(hashes))
+    pages = []
+    monkeypatch.setattr(session, "write_page", lambda _, runs, *__, **___: pages.append(len(runs)) or "page")
+    with pytest.raises(UserError, match="was changed since this start began") as caught:
+        run_all(matrix)
+    assert caught.value.field == "cell spans=1 seed 2: code"
+    # What is done is written down all the same.
+    told = read_json(matrix.place / "ablation.json")
+    assert [row["status"] for row in told["runs"]] == ["complete", "complete", "not run", "not run"]
+    assert told["verdict"]["refused"] is None and pages == [2]
+
+
 def test_a_matrix_may_grow_and_what_it_no_longer_has_is_named(matrix, made, tmp_path):
     run_all(matrix)
     spans = {**CONTENT["factors"]["spans"], "5": ["stp.n_spans=5"]}
@@ -203,9 +283,11 @@ def test_a_matrix_may_grow_and_what_it_no_longer_has_is_named(matrix, made, tmp_
 def test_a_directory_that_is_no_run_or_cannot_go_on_is_refused_by_name(matrix, tmp_path):
     place = matrix.runs[0].directory
     place.mkdir(parents=True)
+    (place / "notes.txt").touch()
     with pytest.raises(UserError, match="holds no run") as caught:
         list_tasks(matrix.runs, directory=matrix.place, resume=True)
     assert caught.value.field.startswith("cell spans=1 seed 1: ")
+    (place / "notes.txt").unlink()
     place.rmdir()
     leave(matrix.runs[0], complete=False)
     plan = read_json(place / "plan.json")
@@ -213,6 +295,15 @@ def test_a_directory_that_is_no_run_or_cannot_go_on_is_refused_by_name(matrix, t
     (place / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match="it was edited"):
         list_tasks(matrix.runs, directory=matrix.place, resume=True)
+
+
+def test_a_run_that_was_killed_as_it_began_begins_in_its_directory(matrix):
+    place = matrix.runs[0].directory
+    place.mkdir(parents=True)
+    for name in (".launcher.lock", "plan.json"):
+        (place / name).touch()
+        first, *_ = list_tasks(matrix.runs, directory=matrix.place, resume=True)
+        assert (first.step.value, first.from_iteration) == ("begin", 0)
 
 
 def test_without_checkpoints_a_complete_run_is_kept_and_a_killed_one_refused(tmp_path):
@@ -248,7 +339,7 @@ def test_a_run_that_cannot_be_read_is_named_and_not_counted(matrix, made):
     assert outcome.verdict.effects[0].contrast.seeds == (1,)
     for run in matrix.runs:
         (run.directory / "receipt.json").write_text("{}")
-    verdict = session.judge_matrix(matrix.wanted, matrix.runs)
+    verdict = judge_matrix(matrix.wanted, matrix.runs)
     assert verdict.refused == "no run is complete yet" and len(verdict.missing) == 4
     rows = session.as_dict(matrix.wanted, matrix.runs, verdict, directory=matrix.place)["runs"]
     assert [row["status"] for row in rows] == ["unreadable"] * 4

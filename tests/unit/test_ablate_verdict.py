@@ -8,16 +8,17 @@ import statistics
 import pytest
 from rich.console import Console
 
-from megacpp_stp.ablate import record
 from megacpp_stp.ablate.contrast import contrast, interval_of
 from megacpp_stp.ablate.session import Outcome
 from megacpp_stp.ablate.verdict import judge_matrix
+from megacpp_stp.ablate.words import sentence_words
 from megacpp_stp.cli.ablate_tables import print_outcome
 from megacpp_stp.runs.compare import compare_runs
+from megacpp_stp.runs.files import read_json, write_json
 from megacpp_stp.runs.recorded import read_run
 from megacpp_stp.runs.window import Window
 from tests.unit.made_matrix import CONTENT, leave, planned
-from tests.unit.made_runs import DATA, GATE, ITERATIONS, SUBSTRATE, loss_of, noise
+from tests.unit.made_runs import CODE, DATA, GATE, ITERATIONS, SUBSTRATE, loss_of, noise
 
 FIRST = GATE + 11  # both gates are open
 # What each cell's loss is less than the baseline's: 0.1 for three spans; a late gate costs 0.05, with three spans 0.15.
@@ -34,6 +35,14 @@ def judge(tmp_path, *, change=lambda run: {}, **changes):
     for run in runs:
         leave(run, **{"better": better_of(run), **change(run)})
     return judge_matrix(matrix, runs)
+
+
+def printed(found, tmp_path):
+    """What a person reads of it."""
+    console = Console(width=240, record=True, file=io.StringIO())
+    outcome = Outcome(status=0, failed=(), verdict=found, content={}, page="no page")
+    print_outcome(outcome, tmp_path / "runs", console)
+    return console.export_text()
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +108,87 @@ def test_a_cell_against_the_baseline_is_what_runs_compare_says(tmp_path, seeds):
     for name in ("seeds", "by_seed", "difference", "relative", "interval", "method", "controlled", "standing"):
         assert getattr(mine, name) == getattr(pair, name), name
     words = {"lower": "better", "higher": "worse", "no difference shown": "cannot be told"}
-    assert mine.verdict == words[pair.verdict]
+    assert mine.within == pair.verdict
+    assert mine.verdict == (words[pair.verdict] if len(seeds) >= 3 else "no verdict over seeds")
 
 
-def test_without_enough_seeds_the_interval_is_over_iterations_and_says_so(tmp_path):
-    found = judge(tmp_path, seeds=[1, 2])
-    assert "moving blocks" in found.effects[0].contrast.method
-    assert "of the mean of 2 seeds" in found.effects[0].contrast.method
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+def test_without_enough_seeds_no_level_is_better(tmp_path, seeds):
+    """The interval is over iterations, and each word says that it is of these runs alone."""
+    found = judge(tmp_path, seeds=list(seeds))
+    spans, gate = (effect.contrast for effect in found.effects)
+    these = "this seed" if len(seeds) == 1 else "these 2 seeds"
+    assert "moving blocks" in gate.method and ("of 1 seed" if len(seeds) == 1 else "mean of 2 seeds") in gate.method
+    assert {spans.verdict, gate.verdict} == {"no verdict over seeds"}
+    assert (spans.within, gate.within) == ("lower", "higher")
+    assert (
+        f"gate: late against early is higher within {these}, no verdict over seeds: lm_loss +0." in found.sentences[1]
+    )
+    assert "95% interval over iterations +0." in found.sentences[1]
     assert any("says nothing of other seeds" in note for note in found.notes)
+    text = printed(found, tmp_path)
+    told = [*found.sentences, text, json.dumps(found.as_dict())]
+    assert not any(word in words for words in told for word in ("better", "worse"))
+    assert f"within {these}, no verdict over seeds" in " ".join(text.split())
+
+
+def test_too_few_iterations_are_no_interval(tmp_path):
+    _, runs = planned(tmp_path, seeds=[1])
+    recorded = {(run.cell, 1): read_run(leave(run, better=better_of(run)), name=run.name) for run in runs[:2]}
+    values = {run: run.values_of("lm_loss") for run in recorded.values()}
+    window = Window(iterations=tuple(range(FIRST, FIRST + 6)), why="as asked for")
+    found = contrast([(runs[0].cell, runs[1].cell)], recorded, values=values, window=window)
+    assert (found.verdict, found.within, found.interval) == ("no verdict over seeds", "no interval", None)
+    assert "no interval: 6 iterations of 1 seed, too few for one" in sentence_words(found, metric="lm_loss")
     interval, method = interval_of([[0.5] * 11])
     assert interval is None and method == "11 iterations of 1 seed, too few for one"
 
 
-def test_too_few_iterations_are_no_verdict(tmp_path):
-    found = judge(tmp_path, seeds=[1], window=f"{FIRST}:{FIRST + 5}")
-    assert found.window.why == "as asked for"
-    assert {effect.contrast.verdict for effect in found.effects} == {"cannot be told"}
-    assert "no interval: 6 iterations of 1 seed, too few for one" in found.sentences[0]
+def test_the_window_is_of_all_cells_whichever_seed_of_them_is_complete(tmp_path):
+    """The first run alone has no other cell of its seed: that does not make STP the same in all."""
+    matrix, runs = planned(tmp_path)
+    for run in runs:
+        if run.seed > 1 or run.cell == "spans=1,gate=early":
+            leave(run, better=better_of(run))
+    found = judge_matrix(matrix, runs)
+    assert (found.window.first, found.window.last) == (FIRST, ITERATIONS)
+
+
+OTHER_CODE = {**CODE, "sha256": "d" * 64, "commit": "a" * 40}
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (OTHER_CODE, "dddddddddddd, commit aaaaaaaaaaaa: "),
+        ({**OTHER_CODE, "commit": None}, "dddddddddddd: "),
+        (None, "does not say: "),
+    ],
+)
+@pytest.mark.parametrize("which", [lambda run: run.levels["gate"] == "late", lambda run: run.seed == 3])
+def test_runs_of_unlike_code_are_not_pooled(tmp_path, code, words, which):
+    """Not over seeds, and not over pairs of cells of which each was made by one code."""
+    found = judge(tmp_path, change=lambda run: {"code": code} if which(run) else {})
+    assert (
+        "were not all made by one code of megacpp-stp, and are not pooled (cccccccccccc, commit bbbb" in found.refused
+    )
+    assert words in found.refused and "runs, as " in found.refused
+    assert (found.cells, found.effects, found.sentences, found.window) == ((), (), (), None)
+
+
+def test_code_that_changed_on_the_way_or_that_nobody_knows_is_not_pooled(tmp_path):
+    (tmp_path / "unknown").mkdir()
+    unknown = judge(tmp_path / "unknown", change=lambda run: {"code": None})
+    assert "(does not say: 12 runs, as spans=1,gate=early seed 1)" in unknown.refused
+    matrix, runs = planned(tmp_path)
+    for run in runs:
+        leave(run)
+    for run in runs:  # all of them alike: no run is of one code
+        earlier = run.directory / "attempt-1"
+        earlier.mkdir()
+        write_json(earlier / "receipt.json", read_json(run.directory / "receipt.json") | {"code": OTHER_CODE})
+    refused = judge_matrix(matrix, runs).refused
+    assert "(cccccccccccc after dddddddddddd, commit bbbbbbbbbbbb: 12 runs, as spans=1,gate=early seed 1)" in refused
 
 
 def test_seeds_that_are_missing_leave_only_what_is_whole(tmp_path):
@@ -211,10 +284,7 @@ def test_the_answer_is_plain_data_and_a_table(found, tmp_path):
         "iterations": ITERATIONS - FIRST + 1,
         "why": "STP has all of its weight in each run that has it",
     }
-    console = Console(width=200, record=True, file=io.StringIO())
-    outcome = Outcome(status=0, failed=(), verdict=found, content={}, page="no page")
-    print_outcome(outcome, tmp_path / "runs", console)
-    text = console.export_text()
+    text = printed(found, tmp_path)
     for words in (
         "lm_loss, iterations 21 to 40",
         "spans=1,gate=late",
@@ -226,22 +296,6 @@ def test_the_answer_is_plain_data_and_a_table(found, tmp_path):
     ):
         assert words in text, words
     assert "--resume" not in text
-
-
-def test_the_page_is_written_once_and_only_of_a_complete_matrix(tmp_path):
-    pytest.importorskip("matplotlib")
-    two = {"factors": {"spans": CONTENT["factors"]["spans"]}, "baseline": {"spans": "1"}, "seeds": [1]}
-    matrix, runs = planned(tmp_path, **two)
-    leave(runs[0])
-    place = tmp_path / "runs"
-    assert record.write_page(matrix, runs, judge_matrix(matrix, runs), directory=place).startswith("no page: ")
-    leave(runs[1], better=0.1)
-    found = judge_matrix(matrix, runs)
-    assert record.write_page(matrix, runs, found, directory=place) == f"page: {place / 'report.html'}"
-    page = (place / "report.html").read_bytes()
-    assert b"controlled comparison: lm_loss, iterations 11 to 40" in page
-    assert "written before" in record.write_page(matrix, runs, found, directory=place)
-    assert (place / "report.html").read_bytes() == page
 
 
 def test_bits_a_byte_are_compared_as_such(tmp_path):

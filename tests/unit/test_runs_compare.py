@@ -246,6 +246,18 @@ def test_other_code_of_ours_is_unlike(tmp_path):
     (went_on / "attempt-0").mkdir()
     write_json(went_on / "attempt-0" / "receipt.json", {"code": {**CODE, "sha256": "d" * 64}})
     assert "unlike in code (went-on changed it on the way)" in refused("compare", a, went_on).problem
+    # None of what it did is left: the next attempt began anew.
+    for start, unlike in ((0, False), (20, True)):
+        run = make_run(tmp_path / f"from-{start}")
+        receipt = read_json(run / "receipt.json")
+        (first,) = receipt["attempts"]
+        write_json(run / "receipt.json", {**receipt, "attempts": [first, {**first, "from_iteration": start}]})
+        (run / "attempt-1").mkdir()
+        write_json(run / "attempt-1" / "receipt.json", {"code": {**CODE, "sha256": "d" * 64}})
+        if unlike:
+            assert "changed it on the way" in refused("compare", a, run).problem
+        else:
+            compare(a, run)
     compare(a, make_run(tmp_path / "same", code={**CODE, "commit": None, "modified": None}))
 
 

@@ -17,9 +17,11 @@ from contextlib import contextmanager, redirect_stdout, suppress
 import pytest
 from typer.main import get_command
 
+from megacpp_stp.ablate import code
+from megacpp_stp.ablate.page import matrix_page
 from megacpp_stp.ablate.record import as_dict
 from megacpp_stp.ablate.state import list_tasks
-from megacpp_stp.ablate.verdict import judge_matrix
+from megacpp_stp.ablate.verdict import complete_runs, judge_matrix
 from megacpp_stp.cli.app import build_app
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import plan_digest
@@ -29,6 +31,7 @@ from megacpp_stp.runs.report_files import plots_of
 from megacpp_stp.runs.report_page import page
 from megacpp_stp.runs.tail import Tail
 from tests.unit.made_matrix import leave, planned
+from tests.unit.made_runs import CODE
 from tests.unit.test_runs_hostile import PIECES, VALUES, paths_of, replaced
 
 EFFORT = [pytest.param(100, id="quick"), pytest.param(10_000, id="thorough", marks=pytest.mark.slow)]
@@ -267,6 +270,8 @@ def ask_all(folder, matrix, runs, *, file, drawn):
     assert tasks is None or len(tasks) == 2
     verdict = attempt(lambda: judge_matrix(matrix, runs))
     json.dumps(as_dict(matrix, runs, verdict, directory=folder), allow_nan=False)
+    if verdict is not None and drawn:
+        matrix_page(matrix, complete_runs(runs)[0], verdict)
     Tail(folder / "b" / "none").look()
     for directories in ([folder / "b"], [folder / "a", folder / "b"]):
         report = attempt(lambda directories=directories: build_report(directories, allow_unlike=True))
@@ -283,6 +288,7 @@ def snapshot(folder):
 def test_whatever_lies_there_is_read_or_refused(files, folder, witness, monkeypatch):
     folder, matrix, runs = folder
     monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(code, "code_hash", lambda: CODE["sha256"])  # so that a matrix of these runs may go on
     b, file = folder / "b", folder.parent / "matrix.yaml"
     whole = {name: (b / name).read_bytes() if (b / name).exists() else b"{}" for name in FILES}
     ask_all(folder, matrix, runs, file=file, drawn=files > DRAWN_EACH)  # what is imported only now may do as it likes
