@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from megacpp_stp.cli.node_options import (
     EndpointOption,
-    LocalAddrOption,
     NnodesOption,
     NodeRankOption,
     NodeTimeoutOption,
     RdzvIdOption,
     this_node,
+    with_nodes,
 )
 from megacpp_stp.cli.options import SetOption, console, print_json
 from megacpp_stp.errors import UserError
@@ -83,21 +83,20 @@ def launch_command(
     node_rank: NodeRankOption = None,
     rdzv_endpoint: EndpointOption = None,
     rdzv_id: RdzvIdOption = None,
-    local_addr: LocalAddrOption = None,
     node_timeout: NodeTimeoutOption = 600,
 ) -> None:
     """Launch a recipe on this node, under torchrun, or go on with a run that was stopped."""
     _check_resume(recipe, run_dir, resume=resume, allow_plan_change=allow_plan_change)
-    loaded, planned_device = _wanted(recipe, set_ or (), run_dir if resume else None)
-    _check_world(loaded, nproc=nproc, nnodes=nnodes)
+    loaded, planned_device = _wanted(recipe, set_ or (), run_dir if resume else None, nnodes=nnodes)
+    _check_world(loaded, nproc=nproc)
     if script is not None:
-        _print_script(script, loaded, given=recipe, overrides=set_ or (), device=device)
+        _print_script(script, loaded, given=recipe, device=device)
         return
     if format is not DryRunFormat.TABLE and not dry_run:
         raise UserError("is for --dry-run", field="--format", value=format.value, fix="add --dry-run")
     node = this_node(
         loaded,
-        {"--node-rank": node_rank, "--rdzv-endpoint": rdzv_endpoint, "--rdzv-id": rdzv_id, "--local-addr": local_addr},
+        {"--node-rank": node_rank, "--rdzv-endpoint": rdzv_endpoint, "--rdzv-id": rdzv_id},
         port=port,
         run_dir=run_dir,
         timeout=node_timeout,
@@ -138,16 +137,16 @@ def _run(
     from megacpp_stp.runs.files import RECEIPT
     from megacpp_stp.runs.summary import print_summary
 
-    out = console()
+    out, aside = console(), sys.stdout if dry_run in (None, DryRunFormat.TABLE) else sys.stderr
     if resume:
-        going_on = _going_on(launch, own_plan=recipe is not None, may_change=may_change)
+        going_on = _going_on(launch, own_plan=recipe is not None, may_change=may_change, dry_run=dry_run is not None)
         if going_on is None:
-            out.print(f"the run in {launch.run_dir} is complete: nothing to do", markup=False)
+            print(f"the run in {launch.run_dir} is complete: nothing to do", file=aside)
             return
-        launch, start = going_on, going_on.from_iteration
-        if dry_run in (None, DryRunFormat.TABLE):
-            out.print(f"goes on from iteration {start}" if start else "no checkpoint yet: begins anew", markup=False)
+        launch = going_on
+        print(_where(launch), file=aside, flush=True)
     if dry_run is not None:
+        launch.rehearse()
         _print_dry_run(launch, dry_run)
         return
     launch.preflight()
@@ -160,18 +159,28 @@ def _run(
     raise typer.Exit(status)
 
 
-def _going_on(launch: Launch, *, own_plan: bool, may_change: bool) -> Launch | None:
+def _going_on(launch: Launch, *, own_plan: bool, may_change: bool, dry_run: bool) -> Launch | None:
     """The launch from where its run stopped; None when that is complete."""
     from dataclasses import replace
 
     from megacpp_stp.runs.attempts import find_continuation
+    from megacpp_stp.runs.nodes import is_on_offer
     from megacpp_stp.training.follower import expected_start
 
-    if launch.rank:  # node 0 has the last word
+    if launch.rank and not (dry_run and not is_on_offer(launch.run_dir)):  # node 0 has the last word
         start = expected_start(launch)
     else:
         start = find_continuation(launch.run_dir, launch.plan.as_dict(), may_change=may_change)
     return None if start is None else replace(launch, from_iteration=start, own_plan=own_plan)
+
+
+def _where(launch: Launch) -> str:
+    from megacpp_stp.runs.begun import nothing_has_run
+
+    if nothing_has_run(launch.run_dir):
+        return f"nothing has run in {launch.run_dir}: begins there from iteration 0"
+    start = launch.from_iteration
+    return f"goes on from iteration {start}" if start else "no checkpoint yet: begins anew"
 
 
 def _print_dry_run(launch: Launch, form: DryRunFormat) -> None:
@@ -203,9 +212,7 @@ def _print_dry_run(launch: Launch, form: DryRunFormat) -> None:
         print(f"megacpp-stp: a launch from this shell would be refused: {error}", file=sys.stderr)
 
 
-def _print_script(
-    kind: ScriptKind, recipe: Recipe, *, given: str | None, overrides: Sequence[str], device: str | None
-) -> None:
+def _print_script(kind: ScriptKind, recipe: Recipe, *, given: str | None, device: str | None) -> None:
     from megacpp_stp.plan.scripts import shell_script, slurm_script
 
     if given is None:
@@ -214,7 +221,7 @@ def _print_script(
         raise UserError("is found out on a node", field="--device", value=device, fix="name cpu or cuda")
     plan = build_plan(recipe, device="cpu" if device == "cpu" else "cuda")
     write = slurm_script if kind is ScriptKind.SLURM else shell_script
-    print(write(plan, recipe=given, overrides=overrides), end="")
+    print(write(plan, recipe=given, overrides=recipe.overrides), end="")
 
 
 def _check_resume(recipe: str | None, run_dir: Path | None, *, resume: bool, allow_plan_change: bool) -> None:
@@ -226,25 +233,38 @@ def _check_resume(recipe: str | None, run_dir: Path | None, *, resume: bool, all
         raise UserError("is for --resume", field="--allow-plan-change", fix="leave it out")
 
 
-def _wanted(recipe: str | None, overrides: Sequence[str], run_dir: Path | None) -> tuple[Recipe, str]:
+def _wanted(
+    recipe: str | None, overrides: Sequence[str], run_dir: Path | None, *, nnodes: int | None
+) -> tuple[Recipe, str]:
     """What to run, and on which device unless another is asked for."""
-    from megacpp_stp.runs.attempts import read_run_plan
-
-    planned = read_run_plan(run_dir) if run_dir is not None else None
+    planned = _planned_there(run_dir, needed=recipe is None) if run_dir is not None else None
     device = planned["device"] if planned else "cuda"
     if recipe is not None:
-        return load_recipe(recipe, overrides), device
+        return with_nodes(lambda given: load_recipe(recipe, given), overrides, nnodes), device
     assert planned is not None
-    return restore_recipe(planned["recipe"], overrides), device
+    return with_nodes(lambda given: restore_recipe(planned["recipe"], given), overrides, nnodes), device
 
 
-def _check_world(recipe: Recipe, *, nproc: int | None, nnodes: int | None) -> None:
-    for option, given, field in (("--nproc", nproc, "processes_per_node"), ("--nnodes", nnodes, "nodes")):
-        planned = getattr(recipe.launch, field)
-        if given is not None and given != planned:
-            raise UserError(
-                f"does not fit the plan, which has launch.{field} {planned}",
-                field=option,
-                value=given,
-                fix=f"--set launch.{field}={given}, with parallel sizes that fit it, or leave {option} out",
-            )
+def _planned_there(run_dir: Path, *, needed: bool) -> dict[str, Any] | None:
+    """The plan of the run to go on with; None where nothing has run and there is none yet."""
+    from megacpp_stp.runs.attempts import read_run_plan
+    from megacpp_stp.runs.begun import nothing_has_run
+    from megacpp_stp.runs.files import PLAN
+
+    if nothing_has_run(run_dir) and not (run_dir / PLAN).exists():
+        if needed:
+            problem = f"is needed: nothing has run in {run_dir}, and it holds no plan"
+            raise UserError(problem, field="RECIPE", fix="name the recipe, with the --set that it was launched with")
+        return None
+    return read_run_plan(run_dir)
+
+
+def _check_world(recipe: Recipe, *, nproc: int | None) -> None:
+    planned = recipe.launch.processes_per_node
+    if nproc is not None and nproc != planned:
+        raise UserError(
+            f"does not fit the plan, which has launch.processes_per_node {planned}",
+            field="--nproc",
+            value=nproc,
+            fix=f"--set launch.processes_per_node={nproc}, with parallel sizes that fit it, or leave --nproc out",
+        )

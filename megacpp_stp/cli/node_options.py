@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 _PANEL = "Several nodes"
 
-NnodesOption = Annotated[int | None, typer.Option(min=1, help="Nodes; must be the recipe's.", rich_help_panel=_PANEL)]
+NnodesOption = Annotated[
+    int | None, typer.Option(min=1, help="Nodes; as --set launch.nodes=N.", rich_help_panel=_PANEL)
+]
 NodeRankOption = Annotated[int | None, typer.Option(min=0, help="Which node this is, from 0.", rich_help_panel=_PANEL)]
 EndpointOption = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Node 0 and a free port there.", rich_help_panel=_PANEL)
@@ -23,13 +26,31 @@ EndpointOption = Annotated[
 RdzvIdOption = Annotated[
     str | None, typer.Option(help="A name that no other run has; default: from the run.", rich_help_panel=_PANEL)
 ]
-LocalAddrOption = Annotated[
-    str | None,
-    typer.Option(help="This node's address for the others, if its name will not do.", rich_help_panel=_PANEL),
-]
 NodeTimeoutOption = Annotated[
     int, typer.Option(min=1, help="Seconds to wait for the other nodes.", rich_help_panel=_PANEL)
 ]
+
+
+def with_nodes(load: Callable[[Sequence[str]], Recipe], overrides: Sequence[str], nnodes: int | None) -> Recipe:
+    """A recipe for that many nodes: as it is where it has them, else with one override more.
+
+    Args:
+        load: From overrides to the recipe.
+        overrides: Of ``--set``.
+        nnodes: Of ``--nnodes``; None for what the recipe says.
+
+    Raises:
+        UserError: Another number was given by ``--set``.
+    """
+    recipe = load(overrides)
+    if nnodes in (None, recipe.launch.nodes):
+        return recipe
+    for override in overrides:
+        if override.partition("=")[0] in ("launch", "launch.nodes"):
+            raise UserError(
+                f"contradicts --set {override}", field="--nnodes", value=nnodes, fix="leave one of the two out"
+            )
+    return load((*overrides, f"launch.nodes={nnodes}"))
 
 
 def this_node(
@@ -39,7 +60,7 @@ def this_node(
 
     Args:
         recipe: What is launched.
-        given: Values of the options by name: node rank, endpoint, rendezvous id, local address, in that order.
+        given: Values of the options by name: node rank, endpoint, rendezvous id, in that order.
         port: Of ``--port``, which is for one node.
         run_dir: Of ``--run-dir``.
         timeout: Of ``--node-timeout``, in seconds.
@@ -51,7 +72,7 @@ def this_node(
     if nodes == 1:
         for option, value in given.items():
             if value is not None and (option, value) != ("--node-rank", 0):
-                fix = "leave it out, or --set launch.nodes to how many there are"
+                fix = "leave it out, or add --nnodes with how many there are"
                 raise UserError("is for several nodes, and the plan has one", field=option, value=value, fix=fix)
         return None
     if port is not None:
@@ -63,7 +84,7 @@ def this_node(
     if run_dir is None:
         fix = "name one directory for all nodes, on a file system that they share"
         raise UserError(f"is needed: the plan has {nodes} nodes", field="--run-dir", fix=fix)
-    rank, endpoint, rdzv_id, local_addr = given.values()
+    rank, endpoint, rdzv_id = given.values()
     assert isinstance(rank, int) and isinstance(endpoint, str)
     if rank >= nodes:
         raise UserError(f"is not below the plan's {nodes} nodes", field="--node-rank", value=rank, fix="count from 0")
@@ -75,6 +96,5 @@ def this_node(
         rank=rank,
         endpoint=endpoint,
         rdzv_id=None if rdzv_id is None else str(rdzv_id),
-        local_addr=None if local_addr is None else str(local_addr),
         timeout=float(timeout),
     )

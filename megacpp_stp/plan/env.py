@@ -18,12 +18,14 @@ from megacpp_stp.recipe.schema import Recipe
 FIELD = "launch.environment"
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _FLIGHT_RECORDS = 2000
+RANKS_END_S = 15
+"""How long torchrun lets ranks end before it kills them: half of what Slurm gives a job, as it is by default."""
 # What torchrun and the launcher say to each rank.
 _OF_THE_LAUNCH = re.compile(
     r"(RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|(LOCAL_|ROLE_|GROUP_)?WORLD_SIZE|MASTER_(ADDR|PORT)|PYTHONUNBUFFERED"
     r"|(TORCHELASTIC|PET|MEGACPP_STP|SLURM|LD|PYTHON)_?\w*|PATH|HOME)"
 )
-_SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
+SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,13 @@ def run_environment(recipe: Recipe, *, device: str, run_dir: Path, logs: Path, n
         logs: Where this start's logs go.
         node: Rank of this node.
     """
-    found = [EnvVar("PYTHONUNBUFFERED", "1", "lines of a rank are seen when they are printed", replaces=True)]
+    why = (
+        "seconds from SIGTERM to SIGKILL for ranks, so that the receipt is closed before a scheduler kills its launcher"
+    )
+    found = [
+        EnvVar("PYTHONUNBUFFERED", "1", "lines of a rank are seen when they are printed", replaces=True),
+        EnvVar("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(RANKS_END_S), why),  # torch 2.11 has its own 30
+    ]
     if device == "cuda":
         place, why = (
             str(run_dir / "cache" / f"triton-{node}"),
@@ -136,7 +144,7 @@ def _check_given(name: str, value: str | None) -> None:
         raise UserError(
             "is for torchrun, the launcher or the shell to set", field=field, value=value, fix="leave it out"
         )
-    if value is not None and _SECRET.search(name):
+    if value is not None and SECRET.search(name):
         raise UserError(
             "would be kept in plan.json for everybody to read",
             field=field,

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.plan.env import FIELD, EnvVar
+from megacpp_stp.plan.env import FIELD, SECRET, EnvVar
+from megacpp_stp.plan.places import PLACE, has_place
 from megacpp_stp.recipe.schema import Recipe
 
 # Variables that change what Megatron, Transformer Engine, torch, NCCL, Triton or a math library computes or how.
@@ -28,7 +29,10 @@ _NETWORK = re.compile(
 # What NVIDIA's PyTorch images set (26.07): with these values, as they were built to run.
 _OF_IMAGES = {"TORCH_NCCL_USE_COMM_NONBLOCKING": "0", "TORCHINDUCTOR_LOOP_ORDERING_AFTER_FUSION": "0"}
 _RECORDED = (*_OF_IMAGES, "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE", "NCCL_DEBUG", "WORLD_SIZE")
-_A_PLACE = re.compile(r"(^|[:=,])[/~]")
+# What a receipt may show beside those that change what is computed, and the network's.
+_SHOWN = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "NCCL_DEBUG", "TOKENIZERS_PARALLELISM")
+_OF_A_HOST = re.compile(r"(^|_)(ADDR\w*|HOST\w*|COMM_ID|SERVER\w*|URL|URI|ENDPOINT|PROXY|USER\w*)(_|$)")
+_AN_ADDRESS = re.compile(r"\d+(\.\d+){3}|://|@|[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-")  # the last: of one GPU
 
 
 def check_environment(variables: Iterable[EnvVar], recipe: Recipe, found: Mapping[str, str]) -> None:
@@ -82,5 +86,20 @@ def recorded_environment(plan: Mapping[str, object], found: Mapping[str, str]) -
     recipe, planned = plan["recipe"], plan["env"]
     assert isinstance(recipe, Mapping) and isinstance(planned, Mapping)
     names = {*_RECORDED, *planned, *recipe["launch"]["environment"], *filter(_NETWORK.fullmatch, found)}
-    kept = {name: found[name] for name in sorted(names) if name in found}
-    return {name: "(a place)" if _A_PLACE.search(value) else value for name, value in kept.items()}
+    kept = {name: found[name] for name in sorted(names) if name in found and not SECRET.search(name)}
+    return {name: PLACE if has_place(value) else value for name, value in kept.items()}
+
+
+def shown_environment(recorded: Mapping[str, str]) -> dict[str, str]:
+    """What of `recorded_environment` a receipt shows to strangers: no secret, no host, nothing that nobody knows.
+
+    Args:
+        recorded: By name; places are out of it.
+    """
+    found = {name: value for name, value in recorded.items() if _is_shown(name)}
+    return {name: "(an address)" if _AN_ADDRESS.search(value) else value for name, value in found.items()}
+
+
+def _is_shown(name: str) -> bool:
+    known = name in _SHOWN or _is_watched(name) or bool(_NETWORK.fullmatch(name))
+    return known and not _OF_A_HOST.search(name) and not SECRET.search(name)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megacpp_stp.plan.places import without_place
+
 Path = tuple[str, ...]
 Facts = dict[Path, Any]
 
@@ -66,12 +68,19 @@ def facts_of(side: Side, other: Side) -> Facts:
         if lone.plan is None:
             held = [path for source, path in _RECEIPT_PATHS.items() if _has(lone.receipt or {}, source)]
             facts = {path: value for path, value in facts.items() if any(path[: len(h)] == h for h in held)}
+            facts |= _as_receipts_say(facts)
     if both_ran:
         facts.update(_run_facts(side.receipt or {}))
     else:
         source = side.plan if side.plan is not None else side.receipt or {}
         facts.update({("patches", name): "planned" for name in _patch_states(source)})
     return facts
+
+
+def _as_receipts_say(facts: Facts) -> Facts:
+    """What a receipt says in other words than a plan."""
+    given = facts.get(("overrides",))
+    return {("overrides",): [without_place(str(item)) for item in given]} if isinstance(given, list) else {}
 
 
 def _plan_facts(plan: Mapping[str, Any]) -> Facts:

@@ -21,6 +21,24 @@ def slow_minutes(hang_minutes: float) -> float:
     return max(SLOW_MINUTES, hang_minutes)
 
 
+def meeting_seconds(hang_minutes: float) -> float:
+    """How long the ranks of a run wait for each other before their first collective.
+
+    A third of what start-up may take, which counts from before: so a rank that does not come is named as that, and no
+    rank is taken to hang while it waits for it.
+    """
+    return 60.0 * slow_minutes(hang_minutes) / 3
+
+
+def watched_minutes(hang_minutes: float) -> int:
+    """Megatron's own limit on a rank with our watchdog: past a suspension of a week.
+
+    A collective in flight counts the time in which its process was stopped, and would fail when that goes on. Without
+    a watchdog, as under a script of one's own, the limit is the one in the arguments.
+    """
+    return math.ceil(slow_minutes(hang_minutes)) + 7 * 24 * 60
+
+
 def check_health(recipe: Recipe) -> None:
     """Refuse a policy that says nothing, or two things.
 

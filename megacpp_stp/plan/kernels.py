@@ -37,7 +37,7 @@ class Needed:
     fix: str
 
 
-_PACKAGES = {
+KERNEL_PACKAGES = {
     "mamba-ssm": Needed(
         field=f"{_M}.kernel",
         kernel="mamba-ssm",
@@ -61,6 +61,7 @@ _PACKAGES = {
         "is called xma on PyPI is another project), or use kernel triton",
     ),
 }
+"""By kernel."""
 
 
 def kernel_packages(recipe: Recipe) -> Iterator[Needed]:
@@ -68,7 +69,7 @@ def kernel_packages(recipe: Recipe) -> Iterator[Needed]:
     families = recipe.model.families
     for block in (families.M, families.R):
         if isinstance(block, Mamba3 | M2rnn) and block.kernel != "torch":
-            yield _PACKAGES[block.kernel]
+            yield KERNEL_PACKAGES[block.kernel]
 
 
 def check_kernels(recipe: Recipe, *, device: str) -> None:

@@ -102,6 +102,19 @@ class Placement:
         yield from (axis for axis in INSIDE if self.size(axis) > 1 and self.most_nodes(axis) > 1)
 
 
+def straddling_text(placement: Placement, axis: Axis) -> str:
+    """What is wrong with groups of an axis that reach over several nodes."""
+    return (
+        f"{axis} parallelism exchanges something in every layer, and its groups of {placement.size(axis)} "
+        f"reach over {placement.most_nodes(axis)} nodes of {placement.per_node} processes"
+    )
+
+
+def straddling_fix(axis: Axis) -> str:
+    """How to mend it."""
+    return f"use a smaller parallel.{axis}, or sizes whose product fits a node"
+
+
 def place(recipe: Recipe) -> Placement:
     """Where the ranks of a recipe are.
 

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megacpp_stp.plan.build import RunPlan
-from megacpp_stp.plan.placement import Axis, Placement, place
-from megacpp_stp.plan.traffic import Flow, flows
+from megacpp_stp.plan.flow import Flow
+from megacpp_stp.plan.placement import Axis, Placement, place, straddling_fix, straddling_text
+from megacpp_stp.plan.traffic import flows
 
 _AXES: tuple[Axis, ...] = ("tensor", "context", "expert", "data", "expert data", "pipeline")
 _MOST_NODES = 6
@@ -26,16 +27,14 @@ def world_sections(plan: RunPlan) -> Iterator[RenderableType]:
         yield _nodes(placement)
     yield from (Text(text, style="bold red") for text in warnings(placement))
     yield _traffic(placement, flows(plan))
+    if missing := [gap.what for gap in plan.gaps if gap.field == "parallel.context"]:
+        yield Text(f"not counted: {'; '.join(missing)}")
 
 
 def warnings(placement: Placement) -> Iterator[str]:
     """What no run should have without meaning it."""
     for axis in placement.straddling():
-        yield (
-            f"WARNING: {axis} parallelism exchanges something in every layer, and its groups of {placement.size(axis)} "
-            f"reach over {placement.most_nodes(axis)} nodes of {placement.per_node} processes: use a smaller "
-            f"parallel.{axis}, or sizes whose product fits a node"
-        )
+        yield f"WARNING: {straddling_text(placement, axis)}: {straddling_fix(axis)}"
 
 
 def _nodes(placement: Placement) -> Table:

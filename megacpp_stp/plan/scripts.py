@@ -19,7 +19,8 @@ _SHARED = """\
 # that is a file, the recipe lie there. megacpp-stp must be on the PATH of each node, in the same version."""
 _SLURM_HEAD = """\
 # Ranks end within seconds of a signal; what is left of the run is told in its receipt, and it goes on from its last
-# checkpoint with the same script:  sbatch --export=ALL,RUN_DIR=... FILE --resume
+# checkpoint: by itself where Slurm requeues the job, else with the same script and the run's directory:
+#   sbatch --export=ALL,RUN_DIR=... FILE --resume
 #
 # Give account, partition, time limit and whatever else your site asks for on the command line of sbatch."""
 _SLURM_BODY = """\
@@ -29,6 +30,11 @@ endpoint="${hosts[0]}:$((20000 + SLURM_JOB_ID % 10000))"
 """
 _SLURM_RUN_DIR = 'run_dir="${RUN_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}"\n'
 _SLURM_END = """\
+# Requeued: go on with what the earlier start left, if it came so far as to make the directory.
+if [[ "${SLURM_RESTART_COUNT:-0}" -gt 0 && -e "$run_dir" ]]; then
+  command+=(--resume)
+fi
+
 # One launcher a node; torchrun starts the ranks. Slurm must not end the others when one fails: they tell each other,
 # and the receipt says which was first.
 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --label \\
@@ -82,7 +88,7 @@ def shell_script(plan: RunPlan, *, recipe: str, overrides: Sequence[str] = ()) -
         UserError: The plan has one node, which needs no script.
     """
     if plan.recipe.launch.nodes == 1:
-        fix = "use megacpp-stp launch itself, or --set launch.nodes to how many there are"
+        fix = "use megacpp-stp launch itself, or add --nnodes with how many there are"
         raise UserError("is for several nodes, and the plan has one", field="--script", value="shell", fix=fix)
     places = ('--rdzv-endpoint "$endpoint"', '--node-rank "$node_rank"')
     notes = (
@@ -115,11 +121,12 @@ def _script(
         '--run-dir "$run_dir"',
         '"$@"',
     ]
+    nodes = "1 node" if launch.nodes == 1 else f"{launch.nodes} nodes"
     lines = [
         "#!/usr/bin/env bash",
         *head,
         f"# {plan.recipe.title}",
-        f"# {launch.nodes} nodes of {launch.processes_per_node} processes.",
+        f"# {nodes} of {launch.processes_per_node} processes.",
         *_comment_of_environment(plan),
         "#",
         _SHARED,

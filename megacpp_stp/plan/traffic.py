@@ -1,12 +1,8 @@
 """Bytes that GPUs send each other in one optimizer step, by process group.
 
 Counted are tensors as large as the hidden states, the tokens of experts, weights and gradients.  Left out are what is
-small beside them (low-rank parts of MLA, router statistics, losses, norms), evaluation, checkpoints, context
-parallelism, and the synchronisation of tied embeddings.  `tests/parity/test_traffic.py` counts what Megatron sends.
-
-A ring of n GPUs sends (n-1)/n of a tensor to gather or reduce-scatter it, and twice that to all-reduce it (Thakur,
-Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH"); an all-to-all sends (n-1)/n
-of its input where routing is uniform.  NCCL may choose other algorithms, which send no less.
+small beside them (low-rank parts of MLA, router statistics, losses, norms), evaluation, checkpoints, and the
+synchronisation of tied embeddings.  `tests/parity/test_traffic.py` counts what Megatron sends.
 
 Legend: b micro batch, s sequence, h hidden, t tensor, c context, e expert-parallel size, k experts a token.
 """
@@ -15,17 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megacpp_stp.plan.build import RunPlan
+from megacpp_stp.plan.context_traffic import context_flows
+from megacpp_stp.plan.flow import Flow, collective
 from megacpp_stp.plan.kept import COMPUTE_BYTES, FP32
 from megacpp_stp.plan.lowering import Kind, Layer
 from megacpp_stp.plan.parameters import Part, of_rank, parts
 from megacpp_stp.plan.placement import Axis, Placement, place
 from megacpp_stp.recipe.schema import Recipe
-
-Operation = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
-_HALVES: dict[Operation, int] = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,36 +49,13 @@ _OF_MLA: dict[str, dict[Kind, Moves]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flow:
-    """One kind of communication.
-
-    Attributes:
-        axis: Over which process groups.
-        operation: How.
-        what: What is moved, in words.
-        size: GPUs of a group.
-        payload: Bytes a step of the tensors as the busiest GPU handles them: what a gather results in, what the
-            others start from.
-        sent: Bytes a step that this GPU sends.
-        over_network: Bytes a step that the busiest node sends to other nodes for it; 0 inside nodes.
-    """
-
-    axis: Axis
-    operation: Operation
-    what: str
-    size: int
-    payload: int
-    sent: int
-    over_network: int
-
-
 def flows(plan: RunPlan) -> tuple[Flow, ...]:
     """All communication of one optimizer step that is worth its bytes."""
     placement = place(plan.recipe)
     chosen = parts(plan.recipe, plan.layout)
     found = (
         *_of_layers(plan, placement, chosen),
+        *context_flows(plan, placement, chosen),
         *_of_experts(plan, placement),
         *_of_pipeline(plan, placement),
         *_of_optimizer(plan, placement, chosen),
@@ -108,10 +79,10 @@ def _of_layers(plan: RunPlan, placement: Placement, chosen: tuple[Part, ...]) ->
     whole = plan.micro_batches * hidden_bytes(recipe)
     gathers, scatters = (max(counts[place] for counts in ranks) * whole for place in (0, 1))
     if recipe.parallel.sequence_parallel:
-        yield _collective(placement, "tensor", "all-gather", "hidden states", gathers)
-        yield _collective(placement, "tensor", "reduce-scatter", "hidden states", scatters)
+        yield collective(placement, "tensor", "all-gather", "hidden states", gathers)
+        yield collective(placement, "tensor", "reduce-scatter", "hidden states", scatters)
     else:
-        yield _collective(placement, "tensor", "all-reduce", "hidden states", scatters)
+        yield collective(placement, "tensor", "all-reduce", "hidden states", scatters)
 
 
 def _moves(recipe: Recipe, part: Part) -> tuple[int, int]:
@@ -156,13 +127,13 @@ def _of_experts(plan: RunPlan, placement: Placement) -> Iterator[Flow]:
     own = hidden_bytes(recipe) // tensor * plan.micro_batches * layers * passes  # there or back, all passes
     if experts.dispatcher == "allgather":
         whole = own * placement.size("tensor and expert")
-        yield _collective(placement, "tensor and expert", "all-gather", "tokens of all experts", whole)
-        yield _collective(placement, "tensor and expert", "reduce-scatter", "tokens of all experts", whole)
+        yield collective(placement, "tensor and expert", "all-gather", "tokens of all experts", whole)
+        yield collective(placement, "tensor and expert", "reduce-scatter", "tokens of all experts", whole)
         return
     routed = own * experts.topk
-    yield _collective(placement, "expert", "all-to-all", "tokens to their experts and back", 2 * routed)
-    yield _collective(placement, "tensor", "all-gather", "tokens of an expert", routed * tensor)
-    yield _collective(placement, "tensor", "reduce-scatter", "tokens of an expert", routed * tensor)
+    yield collective(placement, "expert", "all-to-all", "tokens to their experts and back", 2 * routed)
+    yield collective(placement, "tensor", "all-gather", "tokens of an expert", routed * tensor)
+    yield collective(placement, "tensor", "reduce-scatter", "tokens of an expert", routed * tensor)
 
 
 def _most_on_a_rank(plan: RunPlan, kind: Kind) -> int:
@@ -223,10 +194,10 @@ def _of_optimizer(plan: RunPlan, placement: Placement, chosen: tuple[Part, ...])
         ]
         gradients, weights = max(gradients for gradients, _ in found), max(weights for _, weights in found)
         if recipe.optimizer.distributed:
-            yield _collective(placement, axis, "reduce-scatter", f"gradients{of}", gradients)
-            yield _collective(placement, axis, "all-gather", f"weights{of}", weights)
+            yield collective(placement, axis, "reduce-scatter", f"gradients{of}", gradients)
+            yield collective(placement, axis, "all-gather", f"weights{of}", weights)
         else:
-            yield _collective(placement, axis, "all-reduce", f"gradients{of}", gradients)
+            yield collective(placement, axis, "all-reduce", f"gradients{of}", gradients)
 
 
 def _weights(recipe: Recipe, chosen: Sequence[Part], *, experts: bool) -> tuple[int, int]:
@@ -239,33 +210,3 @@ def _weights(recipe: Recipe, chosen: Sequence[Part], *, experts: bool) -> tuple[
             gradients += count * FP32
             weights += count * (FP32 if weight.keeps_fp32 else compute)
     return gradients, weights
-
-
-def _collective(placement: Placement, axis: Axis, operation: Operation, what: str, payload: int) -> Flow:
-    size = placement.size(axis)
-    sent = _HALVES[operation] * payload * (size - 1) // size
-    return Flow(
-        axis=axis,
-        operation=operation,
-        what=what,
-        size=size,
-        payload=payload,
-        sent=sent,
-        over_network=_over_network(placement, axis, operation, payload=payload, sent=sent),
-    )
-
-
-def _over_network(placement: Placement, axis: Axis, operation: Operation, *, payload: int, sent: int) -> int:
-    """Of the busiest node. In a ring the last rank of a group on a node sends to another node; in an all-to-all all."""
-    nodes = [0] * placement.nodes
-    for group in placement.groups(axis):
-        homes = [placement.node_of(rank) for rank in group]
-        if len(set(homes)) == 1:
-            continue
-        for node in set(homes):
-            here = homes.count(node)
-            if operation == "all-to-all":
-                nodes[node] += here * payload * (len(group) - here) // len(group)
-            else:
-                nodes[node] += sent
-    return max(nodes)

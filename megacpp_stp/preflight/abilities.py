@@ -46,6 +46,8 @@ def abilities(machine: Machine) -> tuple[Ability, ...]:
         Ability(name="  with optimizer.distributed and checkpoints", missing=gpu + adam),
         Ability(name="  with backend te", missing=gpu + te),
         Ability(name="  with Mamba-2 layers", missing=gpu + te + ssm),
+        Ability(name="  with kernel mamba-ssm of Mamba-3", missing=gpu + _lacking(machine, "mamba-ssm")),
+        Ability(name="  with kernel xma of M2RNN", missing=gpu + _lacking(machine, "accelerated-model-architectures")),
         Ability(
             name="  with fused_cross_entropy cut-cross-entropy", missing=gpu + _lacking(machine, "cut-cross-entropy")
         ),

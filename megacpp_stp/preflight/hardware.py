@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megacpp_stp.plan.build import RunPlan
 from megacpp_stp.plan.memory import GIB, RankMemory, rank_memories
 from megacpp_stp.plan.parameters import parts
+from megacpp_stp.plan.placement import INSIDE, place, straddling_fix, straddling_text
 from megacpp_stp.preflight.case import Case
 from megacpp_stp.preflight.finding import Finding, fine, refused, warning
 from megacpp_stp.preflight.machine import SHARED_MEMORY, Machine
@@ -117,6 +118,19 @@ def check_links(case: Case) -> Iterator[Finding]:
             yield warning("NVLink", found, why=why, fix=fix)
         else:
             yield fine("NVLink", found, "slow for tensor and expert parallelism")
+
+
+def check_groups(case: Case) -> Iterator[Finding]:
+    """Whether what exchanges something in each layer stays inside a node."""
+    if case.plan is None:
+        return
+    placement = place(case.plan.recipe)
+    axes = list(placement.straddling())
+    for axis in axes:
+        why = "each layer would wait for the network"
+        yield warning(f"placement ({axis})", straddling_text(placement, axis), why=why, fix=straddling_fix(axis))
+    if placement.nodes > 1 and not axes:
+        yield fine("placement", f"groups of {' and '.join(INSIDE)} parallelism stay inside a node")
 
 
 def check_memory(case: Case) -> Iterator[Finding]:

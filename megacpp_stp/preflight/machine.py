@@ -39,7 +39,11 @@ PACKAGES = {
     "transformer-engine": "transformer_engine",
     "mamba-ssm": "mamba_ssm",
     "causal-conv1d": "causal_conv1d",
+    "accelerated-model-architectures": "xma",
     "cut-cross-entropy": "cut_cross_entropy",
+    "tilelang": "tilelang",
+    "nvidia-cudnn-frontend": "cudnn",
+    "flash-mla": "flash_mla",
     "apex": "apex",
 }
 """Distributions that are looked for, and the module of each."""

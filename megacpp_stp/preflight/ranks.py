@@ -18,6 +18,8 @@ _FIXES = {
     "code": "install the same megacpp-stp on every node",
     "megacpp-stp": "install the same megacpp-stp on every node",
     "data": "copy the same prepared dataset to every node, or share one",
+    "driver": "use nodes with the same driver, or have it updated: a container brings its own CUDA, and no driver",
+    "apex": "install the same apex on every node, or none: nothing here needs it, and Megatron uses it where it is",
 }
 _SAME_VERSION = "install the same version on every node; one container image for all is the simplest way"
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from megacpp_stp.patches.upstream import SUPPORTED
+from megacpp_stp.plan.kernels import KERNEL_PACKAGES
 from megacpp_stp.preflight.case import Case
 from megacpp_stp.preflight.finding import Finding, fine, refused, warning
 from megacpp_stp.preflight.machine import UNKNOWN
-from megacpp_stp.recipe.blocks import Mamba2
+from megacpp_stp.recipe.schema import Recipe
 
 TORCH = ">=2.11"
 """What pyproject.toml asks for."""
@@ -29,17 +31,54 @@ REQUIRED = {
 }
 """What a run needs, and which versions."""
 _INSTALL_CUT = "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy'"
+_MAMBA2, _DSA = "model.families.M.block", "megatron.dsa-kernel-backend"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What may need a package.
+
+    Attributes:
+        field: The recipe key that asks for it.
+        values: The values of that key that do.
+        fix: How to get the package.
+    """
+
+    field: str
+    values: str
+    fix: str
+
+    def is_in(self, recipe: Recipe) -> bool:
+        """Whether a recipe has it."""
+        return _value(recipe, self.field) == self.values
+
+
+def _value(recipe: Recipe, field: str) -> object:
+    """Of a key, by its path; None where the recipe has no such section."""
+    found: object = recipe
+    for name in field.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
+    return found
+
+
+def _of_kernel(kernel: str) -> Use:
+    needed = KERNEL_PACKAGES[kernel]
+    return Use(field=needed.field, values=needed.kernel, fix=needed.fix)
+
+
 _OPTIONAL = {
-    "transformer-engine": ("model.backend te, as in the large recipes", "model.backend", INSTALL_TE),
-    "mamba-ssm": ("Mamba-2 layers", "model.families.M", INSTALL_SSM),
-    "causal-conv1d": ("Mamba-2 layers", "model.families.M", INSTALL_SSM),
-    "cut-cross-entropy": (
-        "training.fused_cross_entropy cut-cross-entropy",
-        "training.fused_cross_entropy",
-        _INSTALL_CUT,
+    "transformer-engine": (Use(field="model.backend", values="te", fix=INSTALL_TE),),
+    "mamba-ssm": (Use(field=_MAMBA2, values="mamba2", fix=INSTALL_SSM), _of_kernel("mamba-ssm")),
+    "causal-conv1d": (Use(field=_MAMBA2, values="mamba2", fix=INSTALL_SSM),),
+    "accelerated-model-architectures": (_of_kernel("xma"),),
+    "cut-cross-entropy": (Use(field="training.fused_cross_entropy", values="cut-cross-entropy", fix=_INSTALL_CUT),),
+    "tilelang": (Use(field=_DSA, values="tilelang", fix="pip install tilelang"),),
+    "nvidia-cudnn-frontend": (Use(field=_DSA, values="cudnn", fix="pip install nvidia-cudnn-frontend"),),
+    "flash-mla": (
+        Use(field=_DSA, values="cudnn", fix="install FlashMLA from its source (deepseek-ai/FlashMLA on GitHub)"),
     ),
 }
-"""What some recipes need: what for, the field that says so, and how to get it."""
+"""What some recipes need, by each key that may ask for it. Triton every run needs."""
 
 
 def check_software(case: Case) -> Iterator[Finding]:
@@ -94,28 +133,25 @@ def _imported(case: Case) -> Finding:
 
 
 def _optional(case: Case, name: str) -> Finding:
-    what_for, field, fix = _OPTIONAL[name]
-    found, needed = case.machine.packages.get(name), _is_needed(case, name)
+    uses = _OPTIONAL[name]
+    found, needed = case.machine.packages.get(name), _needed(case, name)
+    what_for = " or ".join(f"{use.field} {use.values}" for use in uses)
     if found is not None:
         return fine(name, found, f"for {what_for}")
-    if needed:
-        why = f"this recipe needs it, for {what_for}"
-        return refused(name, f"{name} is not installed", why=why, fix=fix, field=field)
+    if needed is not None:
+        why = f"this recipe needs it, for {needed.field} {needed.values}"
+        return refused(name, f"{name} is not installed", why=why, fix=needed.fix, field=needed.field)
     if case.plan is None:
-        return fine(name, "not installed", f"rules out {what_for}; to mend: {fix}")
+        return fine(name, "not installed", f"rules out {what_for}; to mend: {uses[0].fix}")
     return fine(name, "not installed", "this recipe does not need it")
 
 
-def _is_needed(case: Case, name: str) -> bool:
+def _needed(case: Case, name: str) -> Use | None:
+    """The first thing in the recipe that needs a package; None for none. CPUs have no kernels."""
     if case.plan is None or not case.on_gpu:
-        return False
+        return None
     recipe = case.plan.recipe
-    return {
-        "transformer-engine": recipe.model.backend == "te",
-        "mamba-ssm": isinstance(recipe.model.families.M, Mamba2),
-        "causal-conv1d": isinstance(recipe.model.families.M, Mamba2),
-        "cut-cross-entropy": recipe.training.fused_cross_entropy == "cut-cross-entropy",
-    }[name]
+    return next((use for use in _OPTIONAL[name] if use.is_in(recipe)), None)
 
 
 def _apex(case: Case) -> Finding:

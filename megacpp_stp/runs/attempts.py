@@ -17,6 +17,7 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import plan_digest
 from megacpp_stp.plan.changes import check_changes
 from megacpp_stp.recipe import restore_recipe
+from megacpp_stp.runs.begun import nothing_has_run
 from megacpp_stp.runs.checkpoints import CHECKPOINTS, latest_checkpoint, settle_checkpoints
 from megacpp_stp.runs.files import ENV, EXIT, METRICS, PATCHES, PLAN, RANKS, RECEIPT, read_json, write_json
 from megacpp_stp.runs.metrics import read_metrics
@@ -55,14 +56,18 @@ def find_continuation(directory: Path, plan: Mapping[str, Any], *, may_change: b
         may_change: Whether it may differ from the run's.
 
     Returns:
-        Iteration of the checkpoint to load; 0 where nothing was saved yet, and the run begins anew; None when the run
-        is complete and the plan asks for no more.
+        Iteration of the checkpoint to load; 0 where nothing was saved or nothing has run yet, and the run begins anew;
+        None when the run is complete and the plan asks for no more.
 
     Raises:
         UserError: The run cannot go on, or not with this plan.
     """
+    if nothing_has_run(directory) and not (directory / PLAN).exists():
+        return 0
     planned = read_run_plan(directory)
     check_changes(planned, plan, allowed=may_change)
+    if nothing_has_run(directory):
+        return 0
     receipt = read_receipt(directory)
     for saved in (planned, plan):
         if saved["recipe"]["training"]["checkpoint"] is None:

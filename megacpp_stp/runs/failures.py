@@ -29,9 +29,14 @@ def report_failure(directory: Path, *, rank: int, error: BaseException) -> None:
         "agreed": getattr(error, "agreed", False),
     }
     try:
-        write_json(directory / f"error-{rank}.json", content)
+        write_json(directory / error_file(rank), content)
     except OSError:
         return
+
+
+def error_file(rank: int) -> str:
+    """Name of the file in which a rank says what ended it."""
+    return f"error-{rank}.json"
 
 
 def kind_of(error: BaseException) -> str:

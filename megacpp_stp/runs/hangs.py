@@ -6,6 +6,7 @@ The rank that notices first writes ``hang.json``; each rank that still can write
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,9 @@ def read_reports(directory: Path) -> list[HangReport]:
 def drop_empty_stacks(directory: Path) -> None:
     """Remove the files that ranks kept open and had nothing to write into."""
     for path in _stacks(directory):
-        if not path.stat().st_size:
-            path.unlink()
+        with suppress(FileNotFoundError):  # a rank has removed its own
+            if not path.stat().st_size:
+                path.unlink()
 
 
 def _stacks(directory: Path) -> list[Path]:

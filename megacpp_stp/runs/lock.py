@@ -12,7 +12,7 @@ from megacpp_stp.errors import UserError
 
 # Two files, so that a launcher holds its own while its ranks hold theirs. They stay: a lock is on an open file, and a
 # file that was removed could be locked twice.
-_LAUNCHER, _RANKS = ".launcher.lock", ".ranks.lock"
+LAUNCHER_LOCK, RANKS_LOCK = ".launcher.lock", ".ranks.lock"
 
 
 @contextmanager
@@ -26,10 +26,22 @@ def launcher_lock(directory: Path, *, node: int = 0) -> Iterator[None]:
         with _held(directory / f".launcher-{node}.lock", fcntl.LOCK_EX):
             yield
         return
-    with _held(directory / _LAUNCHER, fcntl.LOCK_EX):
-        with _held(directory / _RANKS, fcntl.LOCK_EX):
+    with _held(directory / LAUNCHER_LOCK, fcntl.LOCK_EX):
+        with _held(directory / RANKS_LOCK, fcntl.LOCK_EX):
             pass  # whoever starts ranks is the launcher, and that is us from here on
         yield
+
+
+def require_free(directory: Path) -> None:
+    """Refuse where `launcher_lock` of node 0 would, and create nothing.
+
+    Raises:
+        UserError: The run is going on, or its processes have not ended yet.
+    """
+    for path in (directory / LAUNCHER_LOCK, directory / RANKS_LOCK):
+        if path.exists():
+            with _held(path, fcntl.LOCK_EX, create=False):
+                pass
 
 
 @contextmanager
@@ -39,14 +51,14 @@ def rank_lock(directory: Path) -> Iterator[None]:
     Raises:
         UserError: A launcher is just preparing it.
     """
-    with _held(directory / _RANKS, fcntl.LOCK_SH):
+    with _held(directory / RANKS_LOCK, fcntl.LOCK_SH):
         yield
 
 
 @contextmanager
-def _held(path: Path, kind: int) -> Iterator[None]:
+def _held(path: Path, kind: int, *, create: bool = True) -> Iterator[None]:
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # no child inherits it
+        handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)  # no child inherits it
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BaseException:

@@ -27,14 +27,14 @@ _OFFERED, _JOINED, _RUNNING, _REFUSED, _ENDED = "offered", "joined", "running", 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
     """Seconds: to wait for each other, between two looks, between two signs of life, without one until a node is dead,
-    and for the others to end after one of them.
+    and for the others to end after one of them: more than torchrun gives its ranks to end, and to die if they did not.
     """
 
     wait: float = 600.0
     look: float = 2.0
     beat: float = 15.0
     dead: float = 120.0
-    end: float = 30.0
+    end: float = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,14 @@ class PeerEnd:
         return f"node {self.node} " + ("went silent" if self.status is None else f"ended with status {self.status}")
 
 
+def is_on_offer(directory: Path) -> bool:
+    """Whether node 0 offers a run in a directory."""
+    try:
+        return read_json(directory / NODES / "0.json").get("state") == _OFFERED
+    except UserError:
+        return False
+
+
 class Stopped(Exception):
     """A signal came while launchers waited for each other."""
 
@@ -99,6 +107,7 @@ class _Node:
         self._launch = ""
         self._written = self._looked = time.monotonic()
         self._signs: dict[int, tuple[object, float]] = {}
+        self._silent: set[int] = set()
 
     def _write(self, **changes: Any) -> None:
         self._own |= {**changes, "node": self._rank, "launch": self._launch, "beat": self._own["beat"] + 1}
@@ -137,6 +146,7 @@ class _Node:
             if (end := self._end_of(rank, found)) is not None and end.status != 0:
                 return end
             if end is None and self._is_silent(rank, found.get("beat"), now):
+                self._silent.add(rank)
                 return PeerEnd(node=rank, status=None)
         return None
 
@@ -221,7 +231,7 @@ class Leader(_Node):
         """How each other node ended, once they had time to; silent ones too."""
         deadline = time.monotonic() + self._pace.end
         ends: dict[int, PeerEnd] = {}
-        while len(ends) < len(self._others) and time.monotonic() < deadline:
+        while not self._silent.union(ends).issuperset(self._others) and time.monotonic() < deadline:
             for rank in self._others:
                 if (end := self._end_of(rank, self._read(rank))) is not None:
                     ends[rank] = end

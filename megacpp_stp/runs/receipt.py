@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.places import without_place
 from megacpp_stp.runs.files import RECEIPT, read_json, shown, write_json
 from megacpp_stp.runs.gate import Gate
 from megacpp_stp.runs.opening import require_regular
@@ -28,7 +29,7 @@ _LONGEST_REASON = 400
 # What an attempt finds out for itself; null until then.
 _OF_AN_ATTEMPT = (
     *("stack", "code", "patches_digest", "cpu_backend", "placement", "fused_cross_entropy", "collected"),
-    *("last", "totals", "stp_iterations", "best", "failure_kind", "exit", "weights_sha256"),
+    *("last", "totals", "stp_iterations", "best", "failure_kind", "exit", "weights_sha256", "environment"),
 )
 _GOING_ON = "the run has not ended, or was killed together with its launcher"
 
@@ -182,7 +183,11 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     seams = {str(layer["number"]): layer["seam"] for layer in layout["layers"] if layer["seam"]}
     return {
         "plan_digest": plan["digest"],
-        "recipe": {"name": recipe["name"], "provenance": recipe["provenance"], "overrides": recipe["overrides"]},
+        "recipe": {
+            "name": recipe["name"],
+            "provenance": recipe["provenance"],
+            "overrides": [without_place(override) for override in recipe["overrides"]],
+        },
         "spec": {
             "module": argv[spec + 1],
             "name": argv[spec + 2],
@@ -325,9 +330,10 @@ def without_places(text: str) -> str:
     """One line of `text` without paths, host names and addresses: a receipt is for strangers."""
     line = " ".join(text.split())
     line = re.sub(r"(?<![\w.])(?:/[\w.+@-]+){2,}", lambda path: path[0].rsplit("/", 1)[1], line)
+    line = re.sub(r"(?<![\w.)])/[A-Za-z_][\w.+@-]*", "(a path)", line)  # of one component, which may tell as much
     line = re.sub(r"\[?\b\d{1,3}(?:\.\d{1,3}){3}\b\]?(?::\d+)?", "(an address)", line)
     line = re.sub(r"\([^\s(),]+, \d{2,5}\)", "(an address)", line)  # as torch prints a host and its port
-    line = re.sub(r"\bnode (?!\d+\b)\S+", "node (a host)", line)  # a number is no name
+    line = re.sub(r"\bnode (?!\d+(?![\w-]|\.\w))\S+", "node (a host)", line)  # a number is no name; 10-a is one
     return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + "..."
 
 

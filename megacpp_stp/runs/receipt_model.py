@@ -19,6 +19,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
 Name = Annotated[str, Field(pattern=r"^\S.*$")]
 Layer = Annotated[str, Field(pattern=r"^[1-9]\d*$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]
 Tap = Annotated[int, Field(ge=1)] | Literal["final-norm"]
 Window = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
 Status = Literal["complete", "incomplete"]
@@ -53,7 +54,7 @@ class RecipeName(Part):
     name: Name
     provenance: Name
     overrides: list[str]
-    """What `--set` changed."""
+    """What `--set` changed; a value that names a place of the machine is left out."""
 
 
 class Spec(Part):
@@ -336,6 +337,9 @@ class ReceiptModel(Part):
     topology: Topology
     placement: Placement | None
     substrate: Substrate | None
+    environment: dict[Variable, str] | None = None
+    """Of rank 0, what is set of the variables that change what is computed or how, without secrets, hosts and places.
+    Receipts of earlier runs have none."""
     data: Data | None
     seeds: Seeds
     parameters: Parameters | None

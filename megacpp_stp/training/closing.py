@@ -42,19 +42,21 @@ class Outcome:
         return next(((end.signal, end.node) for end in ends if end.signal is not None), None)
 
 
-def close_run(directory: Path, outcome: Outcome, *, refused: str | None = None) -> int:
-    """Say in the receipt how the run ended, where rank 0 could not, and write exit.json.
+def close_run(directory: Path, outcome: Outcome, *, refused: str | None = None, last: bool = True) -> int:
+    """Say in the receipt how the run ended, where rank 0 could not, and write exit.json. May be done again.
 
     Args:
         directory: The run directory.
         outcome: How the processes ended.
         refused: Why none was started; None when they were.
+        last: False while ranks of other nodes may still be there.
 
     Returns:
         The exit status: 0; 2 for a mistake that the user can mend; 128 + n after signal n; else 1.
     """
     receipt = Receipt(directory)
-    drop_empty_stacks(directory)
+    if last:
+        drop_empty_stacks(directory)
     if not receipt.is_complete:
         kind, reason = _reason(directory, outcome, refused)
         path = directory / METRICS

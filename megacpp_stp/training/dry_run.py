@@ -41,7 +41,7 @@ def _files(launch: Launch) -> Iterator[Path]:
         yield from (directory / name for name in (PLAN, RECEIPT, METRICS, PATCHES, ENV, RANKS, EXIT))
         if launch.plan.recipe.training.checkpoint is not None:
             yield directory / CHECKPOINTS
-        if launch.from_iteration is not None:
+        if start.attempt > 1:
             yield directory / f"attempt-{start.attempt - 1}"
     if launch.node is not None:
         yield directory / NODES / f"{launch.rank}.json"

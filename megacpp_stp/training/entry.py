@@ -23,11 +23,12 @@ from megacpp_stp.training.orphans import die_with_parent
 from megacpp_stp.training.progress import Progress
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], *, is_program: bool = False) -> int:
     """Run one rank.
 
     Args:
         argv: Arguments without the program; they must be the plan's.
+        is_program: Whether the process ends with it, which is then watched too.
 
     Returns:
         0, or 2 after a mistake that the user can mend, said on stderr.
@@ -37,12 +38,7 @@ def main(argv: Sequence[str]) -> int:
         plan = read_plan(argv)
         directory = Path(argv[list(argv).index("--nam-run-dir") + 1])
         with ExitStack() as undo, rank_lock(directory), _reported(directory):
-            cpu_backend = None
-            if plan["device"] == "cpu":
-                from megacpp_stp.training.cpu_backend import install
-
-                cpu_backend = undo.enter_context(install())
-            _Rank(plan, cpu_backend=cpu_backend).run(undo, directory)
+            _Rank(plan, is_program=is_program).run(undo, directory)
     except UserError as error:
         # From every rank: what is wrong on one stage may be right on the first.
         print(f"megacpp-stp: rank {os.environ.get('RANK', '?')}: {error}", file=sys.stderr, flush=True)
@@ -63,11 +59,12 @@ def _reported(directory: Path) -> Iterator[None]:
 class _Rank:
     """What one rank of a run holds; lives for one `main`."""
 
-    def __init__(self, plan: dict[str, Any], *, cpu_backend: Any) -> None:
+    def __init__(self, plan: dict[str, Any], *, is_program: bool) -> None:
         self._plan = plan
-        self._cpu_backend = cpu_backend
+        self._is_program = is_program
         self._rank = int(os.environ["RANK"])
-        self._device = rank_device(plan["device"])
+        self._cpu_backend: Any = None
+        self._device: Any = None
         self._writer: Any = None
         self._patches: Any = None
         self._first_iteration_proven = False
@@ -78,15 +75,18 @@ class _Rank:
         self._progress = Progress(self._iteration)
 
     def run(self, undo: ExitStack, directory: Path) -> None:
+        self._watched(undo, directory)
+        self._on_device(undo)
+
         from megatron.training.arguments import parse_and_validate_args
 
-        from megacpp_stp.training.health import watchdog_of
+        from megacpp_stp.training.health import outlast_suspensions
         from megacpp_stp.training.preflight_ranks import compare_ranks
 
-        undo.enter_context(watchdog_of(self._plan, directory, rank=self._rank, progress=self._progress))
         self._patches = undo.enter_context(_planned_patches(self._plan, directory, rank=self._rank))
         met = compare_ranks(self._plan, [record.as_dict() for record in self._patches.records], rank=self._rank)
         self._args = args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
+        outlast_suspensions(self._plan, args)
         if self._rank == 0:
             from megacpp_stp.training.journal import Journal
 
@@ -100,6 +100,22 @@ class _Rank:
             raise
         if self._writer is not None:
             self._writer.completed(weights_sha256=weights)
+
+    def _watched(self, undo: ExitStack, directory: Path) -> None:
+        """From before Megatron is imported until all else is undone."""
+        from megacpp_stp.training.health import watchdog_of
+
+        watchdog = watchdog_of(
+            self._plan, directory, rank=self._rank, progress=self._progress, to_the_end=self._is_program
+        )
+        undo.enter_context(watchdog)
+
+    def _on_device(self, undo: ExitStack) -> None:
+        if self._plan["device"] == "cpu":
+            from megacpp_stp.training.cpu_backend import install
+
+            self._cpu_backend = undo.enter_context(install())
+        self._device = rank_device(self._plan["device"])
 
     def _pretrain(self, args: Any) -> str:
         """The whole run; the digest of its weights."""
@@ -130,6 +146,7 @@ class _Rank:
             provide, forward_step = keep_loaded_stream(provide, forward_step)
         config = pretrain_cfg_container_from_args(args, model_config)
         pretrain(config, provide, ModelType.encoder_or_decoder, forward_step)
+        self._progress.closing()
         recorder.end_evaluation()
         return weights_digest(self._chunks)
 
@@ -270,4 +287,4 @@ def _ignore(*record: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], is_program=True))

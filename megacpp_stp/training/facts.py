@@ -22,7 +22,7 @@ from megacpp_stp.plan.flops import total
 from megacpp_stp.plan.lowering import lower
 from megacpp_stp.plan.parameters import parts
 from megacpp_stp.plan.stages import choose_stages
-from megacpp_stp.preflight.machine import Probe
+from megacpp_stp.preflight.machine import UNKNOWN, Probe, apex_kind
 from megacpp_stp.preflight.nvidia import DRIVER_FILE, parse_driver
 from megacpp_stp.recipe import restore_recipe
 from megacpp_stp.runs.files import METRICS, RECEIPT, read_json
@@ -30,14 +30,28 @@ from megacpp_stp.runs.metrics import read_metrics
 from megacpp_stp.runs.receipt import now
 from megacpp_stp.runs.totals import Totals, Work, peak_flops
 
+# By import rather than by name, what this package, Megatron on the paths that it takes, or Transformer Engine calls
+# where it is installed: some of it they use without being asked.
 _PACKAGES = (
     "megatron-core",
     "torch",
     "triton",
+    "pytorch-triton",  # the same, in NVIDIA's containers
     "transformer-engine",
     "mamba-ssm",
+    "causal-conv1d",
     "accelerated-model-architectures",  # XMA
+    "cut-cross-entropy",
     "liger-kernel",
+    "flash-attn",
+    "flash-attn-3",
+    "flashattn-hopper",  # version 3 as it was called first
+    "flash-mla",
+    "tilelang",
+    "nvidia-cudnn-frontend",
+    "fast-hadamard-transform",
+    "nvidia-resiliency-ext",  # Megatron writes checkpoints through it
+    "einops",
     "tokenizers",
     "transformers",
     "numpy",
@@ -60,7 +74,10 @@ def substrate(device: str) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Of the packages that change what a run computes, those that are installed."""
-    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    found = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    if (kind := apex_kind()) is not None:
+        found["apex"] = f"{_version('apex') or UNKNOWN} ({kind})"
+    return found
 
 
 def nccl_version() -> str:

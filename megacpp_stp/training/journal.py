@@ -9,6 +9,7 @@ from typing import Any
 from megacpp_stp.data.manifest import load_manifest
 from megacpp_stp.errors import UserError
 from megacpp_stp.patches.agreement import digest
+from megacpp_stp.plan.env_guard import shown_environment
 from megacpp_stp.runs.failures import kind_of, text_of
 from megacpp_stp.runs.files import ENV, METRICS, PATCHES, RANKS, RECEIPT, write_json
 from megacpp_stp.runs.metrics import MetricsWriter, Record, read_metrics
@@ -46,8 +47,14 @@ class Journal:
         self._is_first = True
         self._updated = 0.0
         self._patches: list[list[dict[str, Any]]] = []
-        write_json(directory / ENV, allowed_environment(plan))
-        self._receipt.update(substrate=substrate(plan["device"]), code=code_facts(), data=data)
+        environment = allowed_environment(plan)
+        write_json(directory / ENV, environment)
+        self._receipt.update(
+            substrate=substrate(plan["device"]),
+            code=code_facts(),
+            data=data,
+            environment=shown_environment(environment),
+        )
 
     def ranks_met(self, met: Met) -> None:
         """All ranks have agreed, before the first collective; host names go into a file of their own."""

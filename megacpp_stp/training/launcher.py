@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,9 +18,10 @@ from megacpp_stp.plan.env_guard import check_environment
 from megacpp_stp.plan.placement import place
 from megacpp_stp.plan.render_world import warnings
 from megacpp_stp.runs.attempts import rewind
-from megacpp_stp.runs.files import PLAN, RECEIPT, create_run_directory, exists_already, write_json
-from megacpp_stp.runs.lock import launcher_lock
-from megacpp_stp.runs.nodes import Leader, Pace, PeerEnd, Stopped
+from megacpp_stp.runs.begun import not_new, nothing_has_run
+from megacpp_stp.runs.files import PLAN, RECEIPT, create_run_directory, write_json
+from megacpp_stp.runs.lock import launcher_lock, require_free
+from megacpp_stp.runs.nodes import Leader, Pace, PeerEnd, Stopped, is_on_offer
 from megacpp_stp.runs.receipt import ALLOWED_UNREVIEWED, Receipt, plan_facts
 from megacpp_stp.training.closing import Outcome, close_run
 from megacpp_stp.training.last_words import last_words, say
@@ -120,12 +121,27 @@ class Launch:
             check_port(self.port)
         if self.node is not None:
             check_port(port_of(self.node.endpoint), field="--rdzv-endpoint")
-        if self.from_iteration is None and self.run_dir.exists():
-            raise exists_already(self.run_dir)
+        self._require_new()
         if self.from_iteration is not None:
             with launcher_lock(self.run_dir):
                 pass  # taken again to run; said now, and not after what takes seconds
         self.check()
+
+    def rehearse(self) -> None:
+        """For a dry run: refuse a place in which the run could not begin or go on. Touches nothing.
+
+        Raises:
+            UserError: As `preflight`; on a node other than 0 what node 0 would say, unless it offers a run there now.
+        """
+        if self.rank and is_on_offer(self.run_dir):
+            return
+        self._require_new()
+        if self.from_iteration is not None:
+            require_free(self.run_dir)
+
+    def _require_new(self) -> None:
+        if self.from_iteration is None and self.run_dir.exists():
+            raise not_new(self.run_dir)
 
     def check(self) -> None:
         """Refuse a plan that this machine cannot run as it says.
@@ -186,10 +202,13 @@ class Launch:
                 return self._close(start, Outcome(torchrun=status, signal=signals.caught))
 
     def _prepare(self) -> None:
+        """Make the directory the run's. Its lock is held, and it may have changed until then."""
         plan = self.plan.as_dict()
-        if self.from_iteration is None:
+        if nothing_has_run(self.run_dir):
             write_json(self.run_dir / PLAN, plan)
             Receipt.create(self.run_dir, plan_facts(plan))
+        elif self.from_iteration is None:
+            raise not_new(self.run_dir)
         else:
             rewind(self.run_dir, plan, iteration=self.from_iteration)
         Receipt(self.run_dir).update(**{ALLOWED_UNREVIEWED: list(self.allow_unreviewed)})
@@ -212,8 +231,10 @@ class Launch:
         status, ended_by = self.execute(start, signals, leader)
         caught = signals.caught or (ended_by.signal if ended_by else None)
         leader.end(status=128 + caught if caught else min(abs(status), 1), signal=caught)
-        outcome = Outcome(torchrun=status, signal=signals.caught, ended_by=ended_by, others=leader.others())
-        return self._close(start, outcome)
+        outcome = Outcome(torchrun=status, signal=signals.caught, ended_by=ended_by)
+        # Twice: whoever sent the signal may kill this process before the other nodes have ended.
+        close_run(self.run_dir, outcome, last=False)
+        return self._close(start, replace(outcome, others=leader.others()))
 
     def _close(self, start: Start, outcome: Outcome) -> int:
         status = close_run(self.run_dir, outcome)

@@ -28,7 +28,14 @@ from megacpp_stp.plan.env_guard import check_environment
 from megacpp_stp.plan.kernels import kernel_packages
 from megacpp_stp.preflight.case import Case
 from megacpp_stp.preflight.finding import Finding, Verdict, asked, fine, refusal, warning
-from megacpp_stp.preflight.hardware import check_cuda, check_gpus, check_links, check_memory, check_shared_memory
+from megacpp_stp.preflight.hardware import (
+    check_cuda,
+    check_gpus,
+    check_groups,
+    check_links,
+    check_memory,
+    check_shared_memory,
+)
 from megacpp_stp.preflight.inputs import check_arguments, check_data
 from megacpp_stp.preflight.machine import apex_kind, look
 from megacpp_stp.preflight.place import check_checkpoint, check_place
@@ -36,6 +43,7 @@ from megacpp_stp.preflight.software import INSTALL_TE, INSTALL_TRAIN, check_soft
 from megacpp_stp.training.upstream_check import require_accepted
 
 Check = Callable[[Case], Iterable[Finding]]
+_SHELL = "a variable must not change a run behind its recipe's back"
 _NAN_CHECK = "check_for_nan_in_loss_and_grad"
 
 
@@ -83,7 +91,7 @@ def checks(case: Case, *, allow_unreviewed: tuple[str, ...] = ()) -> Iterator[Ch
         allow_unreviewed: As for `check_plan`.
     """
     yield check_software
-    yield from (check_gpus, check_cuda, check_links, check_memory, check_shared_memory)
+    yield from (check_gpus, check_cuda, check_links, check_groups, check_memory, check_shared_memory)
     yield from (check_place, check_checkpoint)
     plan = case.plan
     if plan is None:
@@ -91,11 +99,11 @@ def checks(case: Case, *, allow_unreviewed: tuple[str, ...] = ()) -> Iterator[Ch
     yield lambda _: [asked("recipe", lambda: require_runnable(plan), why="what this version can run")]
     yield _environment
     yield lambda _: [asked("arguments", lambda: check_arguments(plan), why="a run must be what its recipe says")]
-    yield lambda _: [asked("data", lambda: check_data(plan))]
+    yield lambda _: [asked("data", lambda: check_data(plan), why="what a model learns from must be what its run names")]
     if plan.device == "cuda":
-        yield lambda _: [asked("loading checkpoints", lambda: _check_loadable(plan))]
-    yield lambda _: [asked("kernels", lambda: _check_kernels(plan))]
-    yield lambda _: [asked("fused loss", lambda: _check_fused_loss(plan))]
+        yield lambda _: [asked("loading checkpoints", lambda: _check_loadable(plan), why="a stopped run must go on")]
+    yield lambda _: [asked("kernels", lambda: _check_kernels(plan), why="nothing else runs in the place of a kernel")]
+    yield lambda _: [asked("fused loss", lambda: _check_fused_loss(plan), why="it must be the loss that Megatron has")]
     yield lambda _: _patches(plan, allow_unreviewed)
     yield _upstream
 
@@ -105,7 +113,7 @@ def _environment(case: Case) -> Iterator[Finding]:
     assert case.plan is not None
     plan, directory = case.plan, case.run_dir or Path("runs") / case.plan.recipe.name
     of_run = run_environment(plan.recipe, device=plan.device, run_dir=directory, logs=directory, node=0)
-    yield asked("environment", lambda: check_environment((*plan.env, *of_run), plan.recipe, os.environ))
+    yield asked("environment", lambda: check_environment((*plan.env, *of_run), plan.recipe, os.environ), why=_SHELL)
 
 
 def _patches(plan: RunPlan, allow_unreviewed: tuple[str, ...]) -> Iterator[Finding]:

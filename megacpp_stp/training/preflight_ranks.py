@@ -22,11 +22,10 @@ from typing import Any
 import megacpp_stp
 from megacpp_stp.errors import UserError
 from megacpp_stp.patches.agreement import digest
+from megacpp_stp.plan.health import meeting_seconds
 from megacpp_stp.preflight.ranks import clock_skew, clock_warning, device_warning, disagreement, missing
 from megacpp_stp.training.facts import data_digest, driver_version, nccl_version, package_versions
 
-TIMEOUT_S = 300.0
-"""How long a rank waits for the others: torchrun has started them all by then, and they have only imported."""
 _GRACE_S = 15.0  # the others wait longer than rank 0, so that its word comes first
 _AGENT = "TORCHELASTIC_USE_AGENT_STORE"
 
@@ -49,7 +48,9 @@ class Met:
 def compare_ranks(plan: Mapping[str, Any], patches: Sequence[Mapping[str, Any]], *, rank: int) -> Met:
     """What a rank of a run calls; see `own_facts`, `open_store` and `meet_ranks`."""
     facts = own_facts(plan, patches, device=plan["device"])
-    return meet_ranks(facts, rank=rank, world_size=plan["world_size"], store=open_store(rank=rank))
+    seconds = meeting_seconds(plan["recipe"]["training"]["health"]["hang_minutes"])
+    store = open_store(rank=rank, timeout_s=seconds)
+    return meet_ranks(facts, rank=rank, world_size=plan["world_size"], store=store, timeout_s=seconds)
 
 
 def own_facts(plan: Mapping[str, Any], patches: Sequence[Mapping[str, Any]], *, device: str) -> dict[str, Any]:
@@ -66,7 +67,6 @@ def own_facts(plan: Mapping[str, Any], patches: Sequence[Mapping[str, Any]], *, 
         "node": socket.gethostname(),
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         "device": name,
-        "driver": driver_version() if device == "cuda" else None,
         "same": {
             "Python": platform.python_version(),
             **package_versions(),
@@ -80,9 +80,7 @@ def own_facts(plan: Mapping[str, Any], patches: Sequence[Mapping[str, Any]], *, 
     }
 
 
-def meet_ranks(
-    facts: Mapping[str, Any], *, rank: int, world_size: int, store: Any, timeout_s: float = TIMEOUT_S
-) -> Met:
+def meet_ranks(facts: Mapping[str, Any], *, rank: int, world_size: int, store: Any, timeout_s: float) -> Met:
     """Compare with all other ranks. No collective.
 
     Args:
@@ -90,7 +88,7 @@ def meet_ranks(
         rank: Of this process.
         world_size: How many there are.
         store: From `open_store`; nobody else uses its keys.
-        timeout_s: How long to wait for the others.
+        timeout_s: How long to wait for the others, as `megacpp_stp.plan.health.meeting_seconds`.
 
     Raises:
         UserError: A rank differs, or did not come; the same on every rank that came.
@@ -115,7 +113,7 @@ def meet_ranks(
     return Met(by_rank=tuple(by_rank), clock_skew_s=skew, store=store)
 
 
-def open_store(*, rank: int, timeout_s: float = TIMEOUT_S) -> Any:
+def open_store(*, rank: int, timeout_s: float) -> Any:
     """The store that torchrun keeps at MASTER_ADDR:MASTER_PORT; without torchrun's, rank 0 opens one there.
 
     Megatron opens it once more for its process groups.  The keys here have a prefix of their own, with the restart in
@@ -211,4 +209,10 @@ def _device(device: str) -> tuple[str, dict[str, str | None]]:
     import torch
 
     name = torch.cuda.get_device_name(int(os.environ["LOCAL_RANK"]))
-    return name, {"CUDA": torch.version.cuda, "NCCL": nccl_version()}
+    cudnn = torch.backends.cudnn.version()
+    return name, {
+        "driver": driver_version(),
+        "CUDA": torch.version.cuda,
+        "NCCL": nccl_version(),
+        "cuDNN": None if cudnn is None else str(cudnn),
+    }

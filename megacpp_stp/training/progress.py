@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-Phase = Literal["start-up", "data", "forward", "backward", "optimizer", "evaluation", "save"]
+Phase = Literal["start-up", "data", "forward", "backward", "optimizer", "evaluation", "save", "closing"]
 
 
 class Mark(NamedTuple):
@@ -19,7 +19,7 @@ class Mark(NamedTuple):
             optimizer: its backward pass, what is sent and received, in the end the reduction of gradients.
         iteration: As in metrics.jsonl, from 1; of evaluation and save the one that came before. None at the start.
         microbatch: How many this rank has begun in the iteration, or in the evaluation; None outside of both.
-        slow: Whether this may take long: start-up, the first iteration, a checkpoint.
+        slow: Whether this may take long: start-up, the first iteration, a checkpoint, what follows the last one.
     """
 
     phase: Phase
@@ -75,6 +75,11 @@ class Progress:
         """A checkpoint is written next."""
         self._training = None
         self.mark = Mark("save", self._number, None, True)
+
+    def closing(self) -> None:
+        """Training is over; what is left is to say how it ended."""
+        self._training = None
+        self.mark = Mark("closing", self._number, None, True)
 
     def _go(self, phase: Phase) -> None:
         microbatch = None if phase == "optimizer" else self._microbatch

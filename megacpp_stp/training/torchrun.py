@@ -19,7 +19,9 @@ from megacpp_stp.training.orphans import die_with_parent
 
 LOGS = "logs"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LOOK_S = 0.5
+LOOK_S = 0.5
+MEETING_S = 600.0
+"""How long the processes of torchrun wait for each other, where nobody says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +32,13 @@ class Node:
         rank: From 0.
         endpoint: HOST:PORT at which node 0 lets all nodes meet.
         rdzv_id: What the meeting is called; None for a name from the run.
-        local_addr: The address of this node for the others, where its host name will not do; None for the host name.
         timeout: Seconds to wait for the other nodes.
     """
 
     rank: int
     endpoint: str
     rdzv_id: str | None = None
-    local_addr: str | None = None
-    timeout: float = 600.0
+    timeout: float = MEETING_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,15 +99,20 @@ def torchrun_command(
 
 
 def _rendezvous(start: Start, *, node: Node | None, port: int | None) -> list[str]:
+    """How torchrun's processes meet.
+
+    By its static rendezvous (``static_tcp_rendezvous.py``), which alone heeds --node-rank: c10d numbers nodes by
+    address and process id (``dynamic_rendezvous.py``), so that the ranks would not be where the plan has them. It
+    listens on one port of node 0 and its time-out is that of the meeting and of its store. What it lacks, to notice
+    that a node has died, the launchers do.
+    """
     if node is None and port is None:
-        return ["--standalone"]
-    endpoint = node.endpoint if node else f"localhost:{port}"
-    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", start.rdzv_id]
-    if node:
-        # torchrun would guess from host names who is the host, and c10d gives no heed to --node-rank.
-        options += ["--rdzv-conf", f"is_host={int(node.rank == 0)},join_timeout={int(node.timeout)}"]
-        options += ["--local-addr", node.local_addr] if node.local_addr else []
-    return options
+        return ["--standalone", "--rdzv-conf", f"read_timeout={int(MEETING_S)}"]
+    place = node or Node(rank=0, endpoint=f"localhost:{port}")
+    return [
+        *("--node-rank", str(place.rank), "--rdzv-backend", "static", "--rdzv-endpoint", place.endpoint),
+        *("--rdzv-id", start.rdzv_id, "--rdzv-conf", f"timeout={int(place.timeout)}"),
+    ]
 
 
 def _checkpoint_options(plan: RunPlan, run_dir: Path, from_iteration: int) -> list[str]:
@@ -173,7 +178,7 @@ def run_torchrun(
         told = False
         while True:
             try:
-                return child.wait(timeout=_LOOK_S)
+                return child.wait(timeout=LOOK_S)
             except subprocess.TimeoutExpired:
                 if not told and must_end():
                     child.send_signal(signal.SIGTERM)

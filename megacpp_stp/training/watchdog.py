@@ -3,7 +3,11 @@
 On each rank a thread looks at the marks of `megacpp_stp.training.progress`. Where none has come for too long it writes
 where this rank is, lets the others know through the run directory so that they do the same, and ends the process;
 torchrun ends the rest. A rank that cannot run this thread writes no report, and is told by that; the stacks of one
-whose interpreter is blocked are written by a thread of faulthandler's, which needs no interpreter.
+whose interpreter is blocked are written by a thread of faulthandler's, which needs no interpreter, and it is ended by
+`megacpp_stp.training.sentinel`, which the thread has to remind that it lives.
+
+Time in which a process was stopped counts nowhere: neither of the two sees it pass. faulthandler's thread does, and
+only writes; what it has written is dropped when the first thread is back.
 """
 
 from __future__ import annotations
@@ -20,10 +24,16 @@ from types import TracebackType
 from typing import Self
 
 from megacpp_stp.plan.health import slow_minutes
-from megacpp_stp.runs.failures import report_failure
+from megacpp_stp.runs.failures import error_file, report_failure
 from megacpp_stp.runs.hangs import HangReport, announce, have_reported, is_announced, stacks_file, write_report
 from megacpp_stp.training.progress import Mark, Progress
+from megacpp_stp.training.sentinel import Sentinel
 from megacpp_stp.training.stacks import position
+
+_BLOCKED = "the interpreter is blocked: native code keeps Python's lock, or a file cannot be reached"
+_STUCK = "it hangs, and so does what it reports to"
+_STAYS = "its work was done, and its process did not end"
+_STDERR = 2
 
 
 class Hang(Exception):
@@ -103,6 +113,7 @@ class Watchdog:
         limits: From `Limits.of`.
         place: Returns its coordinates in the layout; empty before there is one.
         dump: Writes down what its communicators did, where something keeps that.
+        to_the_end: Whether the process ends after `__exit__`, and is to be ended where it does not.
         end: Ends the process at once, with a status.
     """
 
@@ -116,6 +127,7 @@ class Watchdog:
         limits: Limits,
         place: Callable[[], Mapping[str, int]] = dict,
         dump: Callable[[], None] = lambda: None,
+        to_the_end: bool = False,
         end: Callable[[int], object] = os._exit,
     ) -> None:
         self._directory = directory
@@ -125,15 +137,22 @@ class Watchdog:
         self._limits = limits
         self._place = place
         self._dump = dump
+        self._to_the_end = to_the_end
         self._end = end
+        # Among others it is for these to notice a rank that keeps silent, and to say where they wait for it.
+        self._margin = 4 * limits.look + (4 * limits.grace if world_size > 1 else 0.0)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._stacks = -1
+        self._sentinel: Sentinel | None = None
 
     def __enter__(self) -> Self:
         # Open from the start: a blocked interpreter opens nothing.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._stacks = os.open(self._directory / stacks_file(self._rank), flags, 0o644)
+        told = self._directory.resolve() / error_file(self._rank)
+        self._sentinel = Sentinel(told, rank=self._rank, tick=min(1.0, self._limits.look / 2))
+        self._arm(self._limits.at(self._progress.mark))
         self._thread.start()
         return self
 
@@ -145,6 +164,11 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         os.close(self._stacks)
         (self._directory / stacks_file(self._rank)).unlink(missing_ok=True)
+        if self._to_the_end:  # communicators, workers and threads are taken down from here on
+            faulthandler.dump_traceback_later(self._limits.slow / 2, file=_STDERR)
+            self._lease(self._limits.slow, _STAYS)
+        elif self._sentinel is not None:
+            self._sentinel.dismiss()
 
     def _watch(self) -> None:
         stall = Stall(4 * self._limits.look)
@@ -156,25 +180,27 @@ class Watchdog:
             elif is_announced(self._directory):
                 self._hang(mark, stalled, noticed=False)
             else:
-                self._arm(mark)
+                self._arm(self._limits.at(mark) - stalled)
 
-    def _arm(self, mark: Mark) -> None:
-        """Have the stacks written if this thread does not come back in time: somebody keeps the interpreter.
+    def _arm(self, left: float) -> None:
+        """Have the stacks written, and the process ended, if this thread does not come back in time.
 
-        Alone, nobody else can end such a process; among others it must not be, since it may only have been stopped.
+        Args:
+            left: Seconds until this thread would say that the rank hangs.
         """
         if os.fstat(self._stacks).st_size:  # it did come back
             os.ftruncate(self._stacks, 0)
-        alone = self._world_size == 1
-        seconds = self._limits.at(mark) / (1 if alone else 2)
-        faulthandler.dump_traceback_later(seconds, file=self._stacks, exit=alone)
+        faulthandler.dump_traceback_later(max(left / 2, 2 * self._limits.look), file=self._stacks)
+        self._lease(left + self._margin, _BLOCKED)
+
+    def _lease(self, seconds: float, why: str) -> None:
+        if self._sentinel is not None:
+            self._sentinel.lease(seconds, why=why)
 
     def _hang(self, mark: Mark, stalled: float, *, noticed: bool) -> None:
         """Report, wait for the others' reports, and end. What it writes to may be what hangs: it ends all the same."""
         faulthandler.cancel_dump_traceback_later()
-        backstop = threading.Timer(4 * self._limits.grace, self._end, (1,))
-        backstop.daemon = True
-        backstop.start()
+        self._lease(4 * self._limits.grace, _STUCK)
         report = self._report(mark, stalled)
         with suppress(OSError):
             write_report(self._directory, report)

@@ -133,6 +133,43 @@ def test_a_stopped_process_is_told_by_the_others(short_run, tmp_path):
     assert not processes_of(run)
 
 
+@pytest.mark.parametrize("layout", ["PP2", "one rank"])
+def test_a_suspended_run_goes_on(short_run, tmp_path, layout):
+    """All of its processes, as a scheduler or a laptop does it, for longer than they may be without progress."""
+    run = tmp_path / "run"
+    one = ("parallel.pipeline=1", "parallel.stages=[12]", "launch.processes_per_node=1") if layout != "PP2" else ()
+    settings = ("training.health.hang_minutes=0.1", "training.iterations=40", *one)
+    child, log = started(short_run, run, *settings, what="tell the limit", rank=None)
+    try:
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            assert child.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+        stopped = [child.pid, *descendants(child.pid)]
+        sentinels = [pid for pid in stopped if b"sentinel.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(sentinels) == (1 if one else 2)
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        done = len(read_metrics(run / "metrics.jsonl"))
+        time.sleep(20)
+        assert len(read_metrics(run / "metrics.jsonl")) == done < 40
+        for pid in reversed(stopped):
+            os.kill(pid, signal.SIGCONT)
+        assert child.wait(timeout=200) == 0, log.read_text()[-3000:]
+    finally:
+        child.kill()
+    assert load(run, "receipt.json")["status"] == "complete"
+    assert [record["iteration"] for record in read_metrics(run / "metrics.jsonl")] == list(range(1, 41))
+    assert "torch waits for 7 days" in log.read_text()  # in its own time, which a suspension does not stop
+    assert not list(run.glob("hang*")) and not processes_of(run)
+
+
+def descendants(pid):
+    """Numbers of all processes below one."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*found, *(below for child in found for below in descendants(child))]
+
+
 def rank_of(pid):
     """Of a process; None for torchrun, which has no rank."""
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -15,7 +15,7 @@ from tests.e2e.test_resume import assert_same_run, load, processes_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # A run that can be compared with one that went on: as in test_resume.
 SETTINGS = (*SHORT, "training.iterations=8", "training.checkpoint.interval=4", "optimizer.distributed=false")
-TWO = ("launch.nodes=2", "launch.processes_per_node=1")
+ONE_RANK = "launch.processes_per_node=1"
 
 
 def free_port():
@@ -30,7 +30,7 @@ class Cluster:
     def __init__(self, dataset, tmp_path):
         self.run = tmp_path / "run"
         self._logs = tmp_path
-        self._settings = (*SETTINGS, *TWO, f"data.path={dataset}")
+        self._settings = (*SETTINGS, ONE_RANK, f"data.path={dataset}")
         self._nodes = {}
         self.port = free_port()
 
@@ -38,7 +38,7 @@ class Cluster:
         """The launcher of one node."""
         sets = (token for item in self._settings for token in ("--set", item)) if recipe else ()
         place = ("--run-dir", self.run, "--node-rank", rank, "--rdzv-endpoint", f"localhost:{self.port}")
-        words = ("launch", *(("nam56r-tiny", "--device", "cpu") if recipe else ()), *sets, *place, *more)
+        words = ("launch", *(("nam56r-tiny", "--device", "cpu", "--nnodes", 2) if recipe else ()), *sets, *place, *more)
         with (self._logs / f"log-{rank}").open("a") as output:
             self._nodes[rank] = subprocess.Popen(
                 command(*map(str, words)), stdout=output, stderr=subprocess.STDOUT, env=environment()
@@ -91,12 +91,13 @@ def test_two_nodes_are_one_node_with_two_processes(cli, dataset, cluster, tmp_pa
     assert_same_run(cluster.run, whole, iterations=8)
     assert load(cluster.run, "receipt.json")["status"] == "complete"
     assert load(cluster.run, "exit.json")["other_nodes"]["1"]["status"] == 0
-    # What rank 0 says and what Megatron's last rank logs can both be read on a terminal, and lie in files.
-    both = cluster.says(0) + cluster.says(1)
-    assert "[rank 0] " in both and "| lm loss:" in both
-    folders = sorted((cluster.run / "logs" / "attempt-1").glob("node-*/*/attempt_0/0"))
-    assert len(folders) == 2
-    assert any("| lm loss:" in (folder / "stdout.log").read_text() for folder in folders)
+    # What rank 0 says and what Megatron's last rank logs can both be read on a terminal, and lie in files; ranks are
+    # where --node-rank says, whichever node was first.
+    first, second = cluster.says(0), cluster.says(1)
+    assert "[rank 0] " in first and "[rank 1] " in second and "| lm loss:" in second
+    assert "[rank 1] " not in first and "[rank 0] " not in second
+    (folder,) = (cluster.run / "logs" / "attempt-1" / "node-1").glob("*/attempt_0/0")
+    assert "| lm loss:" in (folder / "stdout.log").read_text()
 
 
 def test_a_killed_node_ends_the_run_which_goes_on_on_both(cli, dataset, cluster, tmp_path):
@@ -125,6 +126,18 @@ def test_a_killed_node_ends_the_run_which_goes_on_on_both(cli, dataset, cluster,
         cluster.start(rank, "--resume", recipe=False)
     assert cluster.statuses() == (0, 0)
     assert "nothing to do" in cluster.says(0) and "nothing to do" in cluster.says(1)
+
+
+def test_a_launch_that_was_killed_at_once_begins_on_both(cluster):
+    """As Slurm requeues it: the same command on both nodes, with --resume, where there is no receipt yet."""
+    cluster.run.mkdir()
+    (cluster.run / ".launcher.lock").touch()
+    for rank in (1, 0):
+        cluster.start(rank, "--resume")
+    assert cluster.statuses() == (0, 0), cluster.says(0)[-3000:] + cluster.says(1)[-3000:]
+    assert "begins there from iteration 0" in cluster.says(0)
+    receipt = load(cluster.run, "receipt.json")
+    assert (receipt["status"], len(receipt["attempts"])) == ("complete", 1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

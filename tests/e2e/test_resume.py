@@ -164,6 +164,22 @@ def test_a_killed_run_that_goes_on_is_the_whole_run(cli, dataset, tmp_path):
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
+def test_a_launcher_killed_as_soon_as_its_directory_is_there_goes_on(cli, dataset, tmp_path):
+    """Before its receipt or just after: nothing says when the kill comes."""
+    launch, run = arguments(dataset), tmp_path / "run"
+    begin = [*launch, "--run-dir", str(run)]
+    status, killed = stop(run, begin, run.exists, lambda child: [child.pid])
+    assert (status, killed) == (-signal.SIGKILL, True)
+    again = cli(*begin)
+    assert (again.returncode, "--resume" in again.stderr) == (2, True)
+    resumed = cli(*begin, "--resume", timeout=600)
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
+    assert "begins" in resumed.stdout
+    assert (load(run, "receipt.json")["status"], records(run)) == ("complete", 12)
+    assert_same_run(run, run_whole(cli, tmp_path / "whole", launch), iterations=12)
+
+
 TWO = ("parallel.stages=[12]", "parallel.pipeline=1", "optimizer.distributed=true")
 LAYOUTS = {
     "distributed optimizer, bf16": (*TWO, "training.precision=bf16"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megacpp_stp.plan import build_plan
+from megacpp_stp.plan.context_traffic import widths
 from megacpp_stp.plan.traffic import flows
 from megacpp_stp.recipe import load_recipe
 from tests.parity._gloo import Layout, run_ranks
@@ -113,6 +114,48 @@ def test_tokens_go_to_their_experts_and_back():
     found = ran(settings, Layout(expert=2))
     planned = foretold(settings)
     assert sum(one["all-to-all"] for one in found) == 2 * planned["all-to-all", "tokens to their experts and back"]
+
+
+def test_all_tokens_are_gathered_by_the_other_dispatcher():
+    settings = (*LETTERS, *ONE, "parallel.expert=2", "model.families.E.dispatcher=allgather")
+    planned = foretold(settings)
+    for found in ran(settings, Layout(expert=2)):
+        for how in ("all-gather", "reduce-scatter"):
+            assert found[how] == planned[how, "tokens of all experts"]
+
+
+def exchanged(heads: int, head_dim: int, state: int, groups: int, tokens: int) -> int:
+    """Bytes that Megatron's Mamba-2 hands to all-to-alls in both passes of one layer."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
+
+    real, found = dist.all_to_all_single, []
+
+    def call(output: Any, value: Any, *args: Any, **options: Any) -> Any:
+        found.append(value.numel() * value.element_size())
+        return real(output, value, *args, **options)
+
+    dist.all_to_all_single = call
+    inner, group = heads * head_dim, parallel_state.get_context_parallel_group()
+    weights = dict.fromkeys(("conv1d_weight_cp1", "conv1d_bias_cp1", "dt_bias_cp1", "A_log_cp1", "D_cp1"))
+    layer = MambaContextParallel(group, inner, heads, groups, state, conv1d_padding=3, D_has_hdim=False, **weights)
+    projected = torch.randn(tokens // 2, 1, 2 * inner + 2 * groups * state + heads, requires_grad=True)
+    mixed = layer.pre_conv_ssm(projected)[..., : inner // 2]
+    layer.post_conv_ssm(mixed).sum().backward()
+    assert projected.grad is not None
+    return sum(found)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_mamba2_exchanges_its_channels_for_heads_under_context_parallelism(groups):
+    """Fewer groups than ranks are repeated."""
+    block = f"model.families.M={{block: mamba2, heads: 8, head_dim: 32, state_dim: 24, groups: {groups}}}"
+    recipe = load_recipe("nam56r-tiny", (block, "parallel.context=2", "launch.processes_per_node=4"))
+    tokens = 16
+    planned = widths(recipe, "mamba2").exchanged * tokens // 2 * 4
+    assert run_ranks(exchanged, 2, 8, 32, 24, groups, tokens, layout=Layout(context=2), timeout=120) == [planned] * 2
 
 
 @pytest.mark.parametrize("distributed", [True, False])

@@ -10,7 +10,7 @@ import pytest
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.env import environment, run_environment
-from megacpp_stp.plan.env_guard import check_environment, recorded_environment
+from megacpp_stp.plan.env_guard import check_environment, recorded_environment, shown_environment
 from megacpp_stp.recipe import find_recipe, list_recipes, load_recipe
 from megacpp_stp.recipe.yaml_loader import read_yaml
 from tests.recipes import STAND_INS
@@ -160,6 +160,7 @@ def test_the_places_of_a_run_are_its_own():
     assert places()["TRITON_CACHE_DIR"] == "runs/x/cache/triton-3"
     assert places()["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "runs/x/logs/attempt-1/node-3/collectives-"
     assert "TRITON_CACHE_DIR" not in places(*given(TRITON_CACHE_DIR="null"))
+    assert places()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "15"
 
 
 def test_what_is_recorded_is_an_allow_list_without_places():
@@ -173,6 +174,36 @@ def test_what_is_recorded_is_an_allow_list_without_places():
     assert kept["NCCL_CONF_FILE"] == "(a place)"
     assert {"HOME", "WANDB_API_KEY", "TRITON_CACHE_DIR"}.isdisjoint(kept)
     assert kept.items() >= {**plan["env"], "WORLD_SIZE": "16", "NCCL_IB_HCA": "mlx5_0", "NVTE_DEBUG": "1"}.items()
+
+
+def test_a_secret_that_stays_in_the_shell_is_not_recorded():
+    plan = build_plan(load_recipe("nam56r-tiny", given(HF_TOKEN="null", WANDB_API_KEY="null"))).as_dict()
+    assert recorded_environment(plan, {"HF_TOKEN": "abc", "WANDB_API_KEY": "def"}) == {}
+
+
+def test_a_receipt_shows_what_changes_a_run_and_nothing_of_the_machine():
+    names = {
+        **{"NCCL_COMM_ID": "node-a:29500", "NCCL_HOSTID": "node-a", "MASTER_ADDR": "node-a", "HTTP_PROXY": "proxy"},
+        **{"MY_SETTING": "what I like", "NCCL_TOPO_FILE": "/etc/topo", "WORLD_SIZE": "16"},
+    }
+    shown = {
+        **{"NCCL_IB_HCA": "mlx5_0", "NCCL_ALGO": "Ring", "NVTE_DEBUG": "1", "NCCL_NET": "IB", "NCCL_DEBUG": "INFO"},
+        **{"CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    }
+    allowed = given(**dict.fromkeys(("NVTE_DEBUG", "NCCL_ALGO", "NCCL_COMM_ID", "NCCL_HOSTID", "MY_SETTING"), "null"))
+    plan = build_plan(load_recipe("nam56r-tiny", allowed)).as_dict()
+    kept = shown_environment(recorded_environment(plan, {**names, **shown}))
+    assert kept == {**shown, "NCCL_TOPO_FILE": "(a place)"}
+    for value in ("10.1.2.3:80", "tcp://node-a", "me@node-a", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"):
+        assert shown_environment({"CUDA_VISIBLE_DEVICES": value}) == {"CUDA_VISIBLE_DEVICES": "(an address)"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_receipt_shows_all_that_a_plan_derives(device):
+    """None of these names may fall out of the allow-list."""
+    parallel = ("parallel.tensor=2", "parallel.sequence_parallel=true", "launch.processes_per_node=4")
+    plan = build_plan(load_recipe("nam56r-tiny", (*parallel, "megatron.deterministic-mode=true")), device=device)
+    assert shown_environment(plan.as_dict()["env"]) == plan.as_dict()["env"]
 
 
 @pytest.mark.parametrize("path", [*list_recipes().values(), STAND_INS], ids=str)

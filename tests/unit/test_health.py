@@ -1,6 +1,7 @@
 """``training.health``: from the recipe's keys to the words of a run that its own numbers or a wait have ended."""
 
 import itertools
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from megacpp_stp.runs.totals import Totals
 from megacpp_stp.stp.meter import Meter
 from megacpp_stp.training.finite import Finite, NonFinite
 from megacpp_stp.training.gradients import GradientCheck, parameter_names
+from megacpp_stp.training.health import coordinates, outlast_suspensions
 from megacpp_stp.training.stacks import collective_of, position
 from megacpp_stp.training.watchdog import Hang
 
@@ -38,6 +40,15 @@ def plan_of(*overrides):
 def test_megatrons_own_limit_is_the_later_one(minutes, limit):
     argv = plan_of(f"training.health.hang_minutes={minutes}").argv
     assert argv[argv.index("--distributed-timeout-minutes") + 1] == limit
+
+
+def test_under_our_watchdog_that_limit_outlasts_a_suspension():
+    """Torch's clock goes on while its process is stopped."""
+    args = SimpleNamespace(distributed_timeout_minutes=31)
+    outlast_suspensions(plan_of("training.health.hang_minutes=45.5").as_dict(), args)
+    assert args.distributed_timeout_minutes == 46 + 7 * 24 * 60
+    assert type(args.distributed_timeout_minutes) is int  # gloo and NCCL count milliseconds
+    assert args.distributed_timeout_minutes * 60_000 < 2**31
 
 
 def test_upstreams_checks_are_off_only_where_steps_are_skipped():
@@ -404,3 +415,12 @@ def test_a_position_of_this_very_test():
     assert found.collective is None
     assert any("test_a_position_of_this_very_test (test_health.py:" in frame for frame in found.frames)
     assert not any(frame.count("/") > 4 or frame.startswith("/") for frame in found.frames)
+
+
+def test_a_place_in_the_layout_is_not_asked_for_while_megatron_is_imported(monkeypatch):
+    """By the watchdog's thread: the main thread may hang in that import, and would keep it waiting."""
+    name = "megatron.core.parallel_state"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace())  # half imported
+    assert coordinates() == {}
+    monkeypatch.delitem(sys.modules, name)
+    assert coordinates() == {} and name not in sys.modules

@@ -6,6 +6,7 @@ import pytest
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.flce import limits as limits_module
+from megacpp_stp.patches.judge import State
 from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.argv import Argument
 from megacpp_stp.preflight.case import Case
@@ -87,6 +88,77 @@ def test_every_check_runs_on_this_machine_and_none_raises(tmp_path):
     assert {"Python", "torch", "memory", "disk space", "environment", "arguments", "data", "kernels"} <= set(names)
     assert {f"patch {name}" for name in CPU.patches} <= set(names)
     assert len(names) == len(set(names))
+
+
+ASKED_OF_EVERY_RUN = {
+    *("Python", "import torch", "torch", "megatron-core", "transformers", "tokenizers", "triton"),
+    *("transformer-engine", "mamba-ssm", "causal-conv1d", "cut-cross-entropy", "apex"),
+    *("shared memory", "run directory", "disk space", "checkpoint"),
+    *("recipe", "environment", "arguments", "data", "kernels", "fused loss", "Megatron's word", "NaN checks"),
+}
+ASKED_OF_GPUS = {"CUDA", "driver", "GPUs", "NVLink", "GPU memory", "placement", "loading checkpoints"}
+
+
+@pytest.fixture
+def all_findings(monkeypatch, tmp_path):
+    """Of a run that goes on on this machine, by name."""
+
+    def judge(plan, machine):
+        monkeypatch.setattr(preflight, "require_accepted", lambda plan: [])
+        folder = tmp_path / "checkpoints" / "iter_0000100"
+        folder.mkdir(parents=True, exist_ok=True)
+        case = Case(machine=machine, plan=plan, run_dir=tmp_path, from_iteration=100)
+        return {finding.name: finding for check in preflight.checks(case) for finding in check(case)}
+
+    return judge
+
+
+def test_nothing_of_the_list_is_left_out(all_findings):
+    """What a launch must know of its machine, its place, its data and its plan before it starts."""
+    found = all_findings(CPU, CPU_MACHINE)
+    assert ASKED_OF_EVERY_RUN | {"memory"} | {f"patch {name}" for name in CPU.patches} <= found.keys()
+    assert not ASKED_OF_GPUS & found.keys()
+    large = build_plan(load_recipe("nam56r", ("launch.nodes=2",)), device="cuda")
+    found = all_findings(large, NODE)
+    assert ASKED_OF_EVERY_RUN | ASKED_OF_GPUS | {f"patch {name}" for name in large.patches} <= found.keys()
+
+
+def test_whatever_is_refused_says_why_and_how_to_mend_it(all_findings, monkeypatch):
+    """On a machine that has nothing, of data and a checkpoint that are not there."""
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    large = build_plan(load_recipe("nam56r", ("launch.processes_per_node=4", "launch.nodes=2")), device="cuda")
+    bare = replace(CPU_MACHINE, packages={}, usable=0, torch_cuda=None, apex="another project's")
+    bad = [finding for finding in all_findings(large, bare).values() if finding.verdict is not Verdict.FINE]
+    assert {"torch", "GPUs", "data", "checkpoint", "kernels", "placement (expert)", "environment"} <= {
+        finding.name for finding in bad
+    }
+    assert [finding.name for finding in bad if not (finding.found and finding.why and finding.fix)] == []
+
+
+def test_a_launch_warns_of_groups_over_nodes(monkeypatch, capsys):
+    plan = build_plan(load_recipe("nam56r", ("launch.processes_per_node=4", "launch.nodes=2")), device="cuda")
+    monkeypatch.setattr(preflight, "look", lambda ask_torch: NODE)
+    with pytest.raises(UserError):  # of its data, for one
+        preflight.check_plan(plan)
+    said = capsys.readouterr().err
+    assert "WARNING: placement (expert): expert parallelism exchanges something in every layer, and its groups" in said
+
+
+def test_an_upstream_that_nobody_reviewed_is_refused_before_anything_starts(monkeypatch):
+    """By the launch, in the same words as by each rank."""
+    case = Case(machine=CPU_MACHINE, plan=CPU)
+    assert {finding.verdict for finding in preflight._patches(CPU, ())} == {Verdict.FINE}
+    real = preflight.Registry.examine
+
+    def examine(registry, plan, **settings):
+        first, *rest = real(registry, plan, **settings)
+        return [replace(first, state=State.REFUSED, reason="changed upstream"), *rest]
+
+    monkeypatch.setattr(preflight.Registry, "examine", examine)
+    check = next(check for check in preflight.checks(case) if any(one.name.startswith("patch ") for one in check(case)))
+    refused_one, *others = check(case)
+    assert refused_one.verdict is Verdict.REFUSED and refused_one.why and refused_one.fix
+    assert {finding.verdict for finding in others} <= {Verdict.FINE}
 
 
 def test_an_option_that_a_fused_loss_does_not_go_with_is_named():

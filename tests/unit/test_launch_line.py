@@ -4,23 +4,28 @@ import json
 import os
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from megacpp_stp.cli.app import run
 from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.build import ENTRY_MODULE
+from megacpp_stp.plan.env import RANKS_END_S
 from megacpp_stp.recipe import load_recipe
 from megacpp_stp.runs.failures import first_failure, report_failure
 from megacpp_stp.runs.files import EXIT, read_json
-from megacpp_stp.runs.nodes import PeerEnd
+from megacpp_stp.runs.nodes import Pace, PeerEnd
 from megacpp_stp.runs.receipt import Receipt, plan_facts
+from megacpp_stp.training import launcher
 from megacpp_stp.training.closing import Outcome, close_run
 from megacpp_stp.training.last_words import last_words
 from megacpp_stp.training.launcher import Launch
-from megacpp_stp.training.torchrun import Node, run_torchrun, stop_signals
+from megacpp_stp.training.torchrun import LOOK_S, Node, run_torchrun, stop_signals
 
 TWO = ("launch.nodes=2", "launch.processes_per_node=1")
 SETS = tuple(token for item in TWO for token in ("--set", item))
@@ -45,14 +50,15 @@ def test_the_line_of_one_node(tmp_path):
     logs = tmp_path / "run" / "logs" / "attempt-1" / "node-0"
     assert torchrun == [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--standalone"),
+        *("--rdzv-conf", "read_timeout=600"),
         *("--max-restarts", "0", "--log-dir", str(logs), "--tee", "3", "--local-ranks-filter", "0,1"),
         *("--log-line-prefix-template", "[rank ${rank}] "),
     ]
     assert entry[: 2 + len(one.plan.argv)] == ["-m", ENTRY_MODULE, *one.plan.argv]
     torchrun, _ = line(launch(tmp_path, port=29500))
-    assert torchrun[7:13] == [
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29500", "--rdzv-id"),
-        f"run-{one.plan.digest[:12]}-1",
+    assert torchrun[7:17] == [
+        *("--node-rank", "0", "--rdzv-backend", "static", "--rdzv-endpoint", "localhost:29500"),
+        *("--rdzv-id", f"run-{one.plan.digest[:12]}-1", "--rdzv-conf", "timeout=600"),
     ]
 
 
@@ -61,17 +67,25 @@ def test_the_lines_of_two_nodes(tmp_path):
         node = Node(rank=rank, endpoint="host:29500", **more)
         return line(launch(tmp_path, *TWO, node=node))
 
-    first, second = of(0), of(1, local_addr="10.0.0.2", timeout=30)
+    first, second = of(0), of(1, timeout=30)
     digest = launch(tmp_path, *TWO).plan.digest
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "host:29500", "--rdzv-id", f"run-{digest[:12]}-1"]
-    assert first[0][3:-8] == [
-        *("--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--rdzv-conf", "is_host=1,join_timeout=600"),
-        *("--max-restarts", "0"),
-    ]
-    assert second[0][3:-8] == [
-        *("--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--rdzv-conf", "is_host=0,join_timeout=30"),
-        *("--local-addr", "10.0.0.2", "--max-restarts", "0"),
-    ]
+
+    def expected(rank, timeout):
+        return [
+            *("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", rank, "--rdzv-backend", "static"),
+            *(
+                "--rdzv-endpoint",
+                "host:29500",
+                "--rdzv-id",
+                f"run-{digest[:12]}-1",
+                "--rdzv-conf",
+                f"timeout={timeout}",
+            ),
+            *("--max-restarts", "0"),
+        ]
+
+    assert first[0][3:-8] == expected("0", 600)
+    assert second[0][3:-8] == expected("1", 30)
     assert first[1] == second[1]
     assert [words[0][words[0].index("--log-dir") + 1][-6:] for words in (first, second)] == ["node-0", "node-1"]
     assert first[0][-3:] == ["0", "--log-line-prefix-template", "[rank ${rank}] "]  # one rank: the first is the last
@@ -79,14 +93,37 @@ def test_the_lines_of_two_nodes(tmp_path):
 
 
 def test_torchrun_takes_the_line(tmp_path):
-    """Its own parser, which knows each option by that name."""
-    from torch.distributed.run import parse_args
+    """Its own parser, which knows each option by that name, and what it makes of them."""
+    from torch.distributed.run import config_from_args, parse_args
 
-    node = Node(rank=1, endpoint="host:29500", local_addr="10.0.0.2")
+    node = Node(rank=1, endpoint="host:29500", timeout=30)
     torchrun, entry = line(launch(tmp_path, *TWO, node=node))
     args = parse_args([*torchrun[3:], *entry])
     assert (args.nnodes, args.nproc_per_node, args.max_restarts, args.tee) == ("2", "1", 0, "3")
-    assert (args.rdzv_endpoint, args.local_addr, args.training_script) == ("host:29500", "10.0.0.2", ENTRY_MODULE)
+    assert (args.rdzv_endpoint, args.node_rank, args.training_script) == ("host:29500", 1, ENTRY_MODULE)
+    config = config_from_args(args)[0]
+    assert (config.rdzv_backend, int(config.rdzv_configs["timeout"]), config.rdzv_configs["rank"]) == ("static", 30, 1)
+    torchrun, entry = line(launch(tmp_path))
+    assert int(config_from_args(parse_args([*torchrun[3:], *entry]))[0].rdzv_configs["read_timeout"]) == 600
+
+
+def test_ranks_are_where_node_rank_says(tmp_path):
+    """Node 1 starts first, with the lower process id, for which c10d would give it the first ranks."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os\nprint(*(os.environ[n] for n in ('RANK', 'GROUP_RANK', 'MASTER_PORT')))\n")
+    started = {}
+    for rank in (1, 0):
+        torchrun, _ = line(launch(tmp_path, "launch.nodes=2", node=Node(rank=rank, endpoint=endpoint, timeout=60)))
+        command = [*torchrun, str(worker)]
+        started[rank] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = {rank: process.communicate(timeout=120) for rank, process in started.items()}
+    port = endpoint.rpartition(":")[2]
+    for rank, (output, errors) in said.items():
+        lines = sorted(f"[rank {number}] {number} {rank} {port}" for number in (2 * rank, 2 * rank + 1))
+        assert sorted(output.splitlines()) == lines, errors
 
 
 def tree(path):
@@ -137,7 +174,8 @@ def test_a_dry_run_says_all_and_touches_nothing(tmp_path, monkeypatch, capsys, f
         ((*SEVERAL[:-1], "host:99999"), "--rdzv-endpoint: is not HOST:PORT"),
         ((*SEVERAL, "--node-rank", "2"), "--node-rank: is not below the plan's 2 nodes"),
         ((*SEVERAL, "--port", "29500"), "--port: is for one node"),
-        ((*SEVERAL, "--nnodes", "3"), "--nnodes: does not fit the plan"),
+        ((*SEVERAL, "--nnodes", "3"), "--nnodes: contradicts --set launch.nodes=2"),
+        (("--nnodes", "2"), "--node-rank: is needed: the plan has 2 nodes"),
         (("--node-rank", "1"), "--node-rank: is for several nodes"),
         (("--rdzv-endpoint", "host:1"), "--rdzv-endpoint: is for several nodes"),
         (("--format", "json"), "--format: is for --dry-run"),
@@ -150,6 +188,27 @@ def test_options_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, word
     assert run(["launch", "nam56r-tiny", *words]) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given", [("--nnodes", "2"), ("--set", "launch.nodes=2"), ("--set", "launch.nodes=2", "--nnodes", "2")]
+)
+def test_nnodes_alone_sets_the_nodes_and_is_recorded(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.chdir(tmp_path)
+    words = ("--set", "launch.processes_per_node=1", *given)
+    place = ("--run-dir", "x", "--node-rank", "1", "--rdzv-endpoint", "host:29500")
+    assert run(["launch", "nam56r-tiny", *words, *place, "--dry-run", "--format", "json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    plan = build_plan(load_recipe("nam56r-tiny", ("launch.processes_per_node=1", "launch.nodes=2")))
+    assert (facts["nodes"], facts["plan_digest"]) == (2, plan.digest)
+    assert run(["launch", "nam56r-tiny", *words, "--script", "shell"]) == 0
+    assert "  --set launch.nodes=2\n  --nnodes 2\n" in capsys.readouterr().out
+
+
+def test_nnodes_that_a_recipe_has_already_changes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["launch", "nam56r-tiny", "--nnodes", "1", "--dry-run", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan_digest"] == build_plan(load_recipe("nam56r-tiny")).digest
 
 
 def test_an_environment_against_the_plan_is_refused_first(tmp_path, monkeypatch, capsys):
@@ -206,6 +265,51 @@ def test_how_a_run_ended_is_told_once(directory, outcome, error, status, reason)
     assert told.get("other_nodes", {}).keys() == {str(node) for node in outcome.others}
 
 
+def test_a_run_is_closed_before_the_other_nodes_have_ended(directory):
+    """And once more after that; what they keep open until then stays."""
+    stacks = directory / "hang-1.txt"
+    stacks.touch()
+    outcome = Outcome(torchrun=1, signal=15)
+    assert close_run(directory, outcome, last=False) == 143
+    assert stacks.exists()
+    assert read_json(directory / "receipt.json")["reason"] == "ended by SIGTERM"
+    assert read_json(directory / EXIT)["signal"] == "SIGTERM"
+    assert close_run(directory, replace(outcome, others={1: SILENT})) == 143
+    assert not stacks.exists()
+    receipt = read_json(directory / "receipt.json")
+    assert (receipt["reason"], len(receipt["attempts"])) == ("ended by SIGTERM on node 0 of 2", 1)
+    assert receipt["exit"]["other_nodes"]["1"]["status"] is None
+
+
+def test_the_leader_closes_the_run_before_it_waits_for_the_others(tmp_path, monkeypatch):
+    """It may be killed while it waits: Slurm gives a job 30 s to end."""
+    seen = []
+
+    class Others(launcher.Leader):
+        def gather(self):
+            pass
+
+        def others(self):
+            seen.append(read_json(tmp_path / "run" / "receipt.json")["reason"])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "Leader", Others)
+    monkeypatch.setattr(launcher, "run_torchrun", lambda *words, **more: os.kill(os.getpid(), signal.SIGTERM) or -15)
+    with pytest.raises(KeyboardInterrupt):
+        launch(tmp_path, *TWO, node=Node(rank=0, endpoint="host:29500")).run()
+    assert seen == ["ended by SIGTERM"]
+    assert read_json(tmp_path / "run" / EXIT)["status"] == 143
+
+
+def test_nodes_wait_for_each_other_longer_than_their_ranks_may_take_to_end():
+    """Ranks get the time twice: after SIGTERM, and after SIGKILL (torch's multiprocessing/api.py)."""
+    pace = Pace()
+    assert pace.end > pace.look + LOOK_S + 2 * RANKS_END_S
+    assert pace.dead > 2 * RANKS_END_S  # no sign of life meanwhile
+    assert pace.end > 30 + pace.look + LOOK_S  # torch 2.11, whose time is fixed
+    assert RANKS_END_S < 30  # Slurm's KillWait
+
+
 def test_a_run_that_completed_ends_well(directory):
     Receipt(directory).complete(iterations_done=1)
     assert close_run(directory, Outcome(torchrun=0, others={1: PeerEnd(node=1, status=0)})) == 0
@@ -247,6 +351,15 @@ def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, earlier)
 
 
+@pytest.fixture
+def terminal():
+    """SIGHUP as in a terminal: under nohup it is ignored, in the tests too."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, earlier)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_a_peer_or_a_signal_ends_the_ranks():
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     with stop_signals() as signals:

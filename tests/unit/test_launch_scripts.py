@@ -86,6 +86,49 @@ def test_the_slurm_script_starts_one_launcher_a_node(tmp_path):
         assert line[line.index("--rdzv-id") + 1] == "12345-0"
 
 
+def requeued(tmp_path, script, count, *arguments):
+    """What each node's launcher was told, in a job that Slurm has started `count` times again."""
+    srun = 'while [[ "$1" == -* ]]; do shift; done; SLURM_NODEID=0 "$@"'
+    tell = 'printf "%s\\n" "$@"'
+    env = machine(tmp_path, megacpp_stp=tell, scontrol="echo first; echo second", srun=srun)
+    job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "mine", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2"}
+    again = {} if count is None else {"SLURM_RESTART_COUNT": str(count)}
+    start = ["bash", LAUNCH / script, *arguments]
+    done = subprocess.run(start, env={**env, **job, **again}, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name.endswith(".slurm")])
+@pytest.mark.parametrize(
+    ("count", "made", "resumes"),
+    [(None, True, False), (0, True, False), (1, False, False), (1, True, True), (3, True, True)],
+)
+def test_a_job_that_slurm_requeues_goes_on(tmp_path, name, count, made, resumes):
+    """Unless its first start died before it had made the directory."""
+    if made:
+        (tmp_path / "runs" / "mine-12345").mkdir(parents=True)
+    told = requeued(tmp_path, name, count)
+    assert ("--resume" in told) == resumes
+    assert told[told.index("--run-dir") + 1] == "runs/mine-12345"
+    assert "--resume" in requeued(tmp_path, name, count, "--resume")
+
+
+def test_a_requeued_job_begins_where_its_first_start_died_at_once(tmp_path):
+    srun = 'while [[ "$1" == -* ]]; do shift; done; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done'
+    env = machine(tmp_path, megacpp_stp=DRY, scontrol="echo first; echo second", srun=srun)
+    job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "mine", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "2"}
+    directory = tmp_path / "runs" / "mine-12345"
+    directory.mkdir(parents=True)
+    (directory / ".launcher.lock").touch()
+    start = ["bash", LAUNCH / "nam56r-2nodes.slurm"]
+    env |= {**job, "SLURM_RESTART_COUNT": "1"}
+    done = subprocess.run(start, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("nothing has run in runs/mine-12345: begins there from iteration 0") == 2
+    assert json.JSONDecoder().raw_decode(done.stdout)[0]["from_iteration"] == 0
+
+
 def test_the_shell_script_is_one_node(tmp_path):
     env = machine(tmp_path, megacpp_stp=DRY)
     start = ["bash", LAUNCH / "nam56r-2nodes.sh"]

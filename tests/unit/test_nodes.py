@@ -189,6 +189,25 @@ def test_silence_is_death_and_signs_of_life_are_not(tmp_path):
     assert first.others() == {1: PeerEnd(node=1, status=None)}
 
 
+def test_nobody_waits_for_a_node_that_is_dead_to_end(tmp_path):
+    first, (one, two) = started(tmp_path, nodes=3, pace=replace(FAST, end=60.0))
+    assert watched(first) == PeerEnd(node=1, status=None)
+    two.end(status=1, signal=None)
+    assert watched(first) in (PeerEnd(node=1, status=None), PeerEnd(node=2, status=1))
+    began = time.monotonic()
+    assert first.others() == {1: PeerEnd(node=1, status=None), 2: PeerEnd(node=2, status=1)}
+    assert time.monotonic() - began < 30
+
+
+def test_a_run_is_on_offer_until_it_runs(tmp_path):
+    assert not nodes.is_on_offer(tmp_path)
+    first = leader(tmp_path)
+    first.offer(**FACTS)
+    assert nodes.is_on_offer(tmp_path)
+    first.refuse("no data")
+    assert not nodes.is_on_offer(tmp_path)
+
+
 def test_a_file_system_that_fails_for_a_moment_costs_a_beat(tmp_path, monkeypatch):
     first, (other,) = started(tmp_path)
 

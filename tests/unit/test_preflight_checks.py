@@ -11,11 +11,20 @@ import pytest
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.argv import Argument
+from megacpp_stp.plan.kernels import KERNEL_PACKAGES
 from megacpp_stp.plan.passthrough import ALLOWED
 from megacpp_stp.preflight.case import Case
 from megacpp_stp.preflight.finding import Finding, Verdict, asked, fine, refusal, refused, warning
-from megacpp_stp.preflight.hardware import check_cuda, check_gpus, check_links, check_memory, check_shared_memory
+from megacpp_stp.preflight.hardware import (
+    check_cuda,
+    check_gpus,
+    check_groups,
+    check_links,
+    check_memory,
+    check_shared_memory,
+)
 from megacpp_stp.preflight.inputs import FORBIDDEN, check_arguments
+from megacpp_stp.preflight.machine import PACKAGES
 from megacpp_stp.preflight.nvidia import parse_links
 from megacpp_stp.preflight.place import check_checkpoint, check_place, checkpoint_bytes, checkpoints_kept
 from megacpp_stp.preflight.software import TORCH, check_software
@@ -55,7 +64,8 @@ def test_every_finding_that_is_not_fine_says_how_to_mend_it():
     )
     bf16 = planned(*BF16)
     for plan in (None, CPU, CUDA, LARGE, bf16):
-        for check in (check_software, check_cuda, check_gpus, check_links, check_memory, check_shared_memory):
+        hardware = (check_cuda, check_gpus, check_links, check_groups, check_memory, check_shared_memory)
+        for check in (check_software, *hardware):
             for finding in check(Case(machine=bad, plan=plan)):
                 assert finding.found
                 if finding.verdict is not FINE:
@@ -120,21 +130,56 @@ def test_a_torch_that_cannot_be_imported_is_refused():
     assert verdicts(check_software, machine, CPU)["import torch"] is REFUSED
 
 
+MAMBA2 = ("model.families.M={block: mamba2, heads: 112, head_dim: 64, state_dim: 128, groups: 8}",)
+FUSED = "model.families.A.sparse.kernel=upstream"
+TILED = ("model.families.A.kv_lora_rank=512",)
+
+
+def large(*overrides):
+    return planned(*overrides, recipe="nam56r")
+
+
 @pytest.mark.parametrize(
-    ("name", "plan", "other"),
+    ("name", "overrides", "field", "others"),
     [
-        ("transformer-engine", LARGE, CUDA),
-        ("mamba-ssm", None, CUDA),
-        ("cut-cross-entropy", planned(*BF16, "training.fused_cross_entropy=cut-cross-entropy"), CUDA),
+        ("transformer-engine", (), "model.backend", None),
+        ("mamba-ssm", (), "model.families.M.kernel", ("model.families.M.kernel=torch",)),
+        ("mamba-ssm", MAMBA2, "model.families.M.block", ("model.families.M.kernel=torch",)),
+        ("causal-conv1d", MAMBA2, "model.families.M.block", ()),
+        ("accelerated-model-architectures", ("model.families.R.kernel=xma",), "model.families.R.kernel", ()),
+        (
+            "cut-cross-entropy",
+            ("training.fused_cross_entropy=cut-cross-entropy",),
+            "training.fused_cross_entropy",
+            (),
+        ),
+        ("tilelang", (FUSED, "megatron.dsa-kernel-backend=tilelang", *TILED), "megatron.dsa-kernel-backend", (FUSED,)),
+        ("nvidia-cudnn-frontend", (FUSED, "megatron.dsa-kernel-backend=cudnn", *TILED), None, (FUSED,)),
+        ("flash-mla", (FUSED, "megatron.dsa-kernel-backend=cudnn", *TILED), "megatron.dsa-kernel-backend", (FUSED,)),
     ],
 )
-def test_optional_kernels_are_refused_where_the_recipe_needs_them_alone(name, plan, other):
-    without = replace(NODE, packages={key: value for key, value in NODE.packages.items() if key != name})
+def test_a_package_is_refused_by_the_key_that_needs_it_and_by_that_alone(name, overrides, field, others):
+    field = field or "megatron.dsa-kernel-backend"
+    all_there = replace(NODE, packages=NODE.packages | {one: "1.0" for one in PACKAGES if one != "apex"})
+    assert verdicts(check_software, all_there, large(*overrides))[name] is FINE
+    without = replace(NODE, packages={key: value for key, value in all_there.packages.items() if key != name})
+    finding = found(check_software, without, large(*overrides))[name]
+    assert (finding.verdict, finding.field) == (REFUSED, field)
+    value = large(*overrides).recipe
+    for part in field.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    assert f"{field} {value}" in finding.why and finding.fix
+    other = CUDA if others is None else large(*others)
     assert verdicts(check_software, without, other)[name] is FINE
-    assert verdicts(check_software, without)[name] is FINE
-    assert "rules out" in found(check_software, without)[name].why
-    if plan is not None:
-        assert verdicts(check_software, without, plan)[name] is REFUSED
+    nothing = found(check_software, without)[name]
+    assert nothing.verdict is FINE and field in nothing.why
+    assert "rules out" in nothing.why
+
+
+def test_all_kernels_of_a_recipe_are_known_to_the_doctor():
+    """Beside Triton, without which nothing trains."""
+    assert {needed.package for needed in KERNEL_PACKAGES.values()} <= {*PACKAGES.values()}
+    assert verdicts(check_software, replace(NODE, packages={}), LARGE)["triton"] is REFUSED
 
 
 def test_the_other_project_that_is_called_apex_is_named():
@@ -205,6 +250,18 @@ def test_missing_nvlink_matters_where_layers_wait_for_it():
     assert verdicts(check_links, pairs, CUDA) == {"NVLink": FINE}  # pipeline alone
     assert found(check_links, replace(NODE, links={}), LARGE)["NVLink"].found.startswith("unknown")
     assert verdicts(check_links, replace(NODE, gpus=NODE.gpus[:1]), LARGE) == {}
+
+
+def test_groups_that_reach_over_nodes_are_warned_of():
+    over = large("launch.nodes=2", "launch.processes_per_node=4")
+    finding = found(check_groups, NODE, over)["placement (expert)"]
+    assert finding.verdict is WARNING
+    assert (
+        "expert parallelism exchanges something in every layer, and its groups of 8 reach over 2 nodes" in finding.found
+    )
+    assert "parallel.expert" in finding.fix
+    assert verdicts(check_groups, NODE, large("launch.nodes=2")) == {"placement": FINE}
+    assert verdicts(check_groups, NODE, LARGE) == verdicts(check_groups, NODE) == {}
 
 
 # --- memory ---

@@ -1,23 +1,33 @@
 """Ranks compare themselves over torch's store: who differs, or does not come, is named on every rank."""
 
+import ast
 import json
+import sys
 import threading
 import time
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
+import megacpp_stp
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.health import meeting_seconds
+from megacpp_stp.preflight.machine import PACKAGES
 from megacpp_stp.preflight.ranks import clock_skew, clock_warning, device_warning, disagreement, missing, spans
+from megacpp_stp.training import facts as training_facts
 from megacpp_stp.training import preflight_ranks
-from megacpp_stp.training.preflight_ranks import Met, meet_ranks, open_store, placement
+from megacpp_stp.training.preflight_ranks import Met, meet_ranks, open_store, own_facts, placement
+from megacpp_stp.training.watchdog import Limits
 
+NEEDED = sorted({*PACKAGES} - {"torch", "apex", "triton"})  # what preflight asks for, where a recipe needs it
 SAME = {"Python": "3.12.4", "torch": "2.15.0", "plan": "a" * 64, "patches": "b" * 64, "data": "c" * 64}
 
 
 def facts(node="n0", device="cpu", **same):
-    return {"node": node, "local_rank": 0, "device": device, "driver": None, "same": {**SAME, **same}}
+    return {"node": node, "local_rank": 0, "device": device, "same": {**SAME, **same}}
 
 
 def test_the_odd_one_out_is_named_against_the_rest():
@@ -35,6 +45,8 @@ def test_the_odd_one_out_is_named_against_the_rest():
         ([facts("b", torch="2.12"), facts(), facts()], "rank 0 on node b has torch 2.12, ranks 1-2 have 2.15.0"),
         ([facts(), facts("b", plan="f" * 64)], "rank 1 on node b has plan ffffffffffff..., rank 0 has aaaaaaaaaaaa..."),
         ([facts()] * 2 + [facts("b", patches=None)] * 2, "ranks 2-3 on node b have patches none, ranks 0-1 have"),
+        ([facts()] * 3 + [facts("b", driver="570.86")], "rank 3 on node b has driver 570.86, ranks 0-2 have none"),
+        ([facts(apex="0.1 (NVIDIA's)"), facts("b")], "rank 1 on node b has apex none, rank 0 has 0.1 (NVIDIA's)"),
         ([facts()] * 5 + [facts("b", NCCL="2.27")], "rank 5 on node b has NCCL 2.27, ranks 0-4 have none"),
         (
             [facts()] * 3 + [facts("b", torch="1"), facts("c", torch="1")],
@@ -78,6 +90,84 @@ def test_unlike_gpus_are_said():
     assert device_warning([facts(device="H200")] * 2) is None
     text = device_warning([facts(device="H200"), facts(device="H200"), facts(device="H100")])
     assert "H200 (ranks 0-1), H100 (rank 2)" in text
+
+
+# --- what a rank says of itself ---
+
+
+def own(monkeypatch, versions, device="cpu"):
+    """The facts of this rank, as if these packages, and no others, were installed."""
+
+    def version(name):
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(training_facts, "version", version)
+    monkeypatch.setattr(training_facts, "apex_kind", lambda: "NVIDIA's" if "apex" in versions else None)
+    monkeypatch.setattr(preflight_ranks, "data_digest", lambda path: "c" * 64)
+    plan = {"digest": "a" * 64, "recipe": {"data": {"path": "data"}}}
+    return own_facts(plan, [], device=device)
+
+
+@pytest.mark.parametrize("package", [*NEEDED, "flash-attn", "flash-attn-3", "apex", "triton", "pytorch-triton"])
+def test_a_rank_without_a_package_or_with_another_version_is_named(monkeypatch, package):
+    """Of each that a layer, a kernel, Megatron or Transformer Engine may call."""
+    base = own(monkeypatch, {"torch": "2.15.0"})
+    one, other = (own(monkeypatch, {"torch": "2.15.0", package: version}) for version in ("1.0", "1.1"))
+    with_kind = {"apex": "1.1 (NVIDIA's)"}.get(package, "1.1")
+    error = disagreement([one, one, other])
+    assert f"rank 2 on node {one['node']} has {package} {with_kind}, ranks 0-1 have 1.0" in error.problem
+    assert f"{package} none" in disagreement([one, one, base]).problem
+
+
+def test_every_package_that_we_import_is_compared():
+    """But for those that only read recipes and print."""
+    imported = set()
+    for path in (Path(megacpp_stp.__file__).parent).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            imported |= {name.partition(".")[0] for name in names}
+    ours = {"megacpp_stp", "megatron", "pydantic", "yaml", "rich", "typer", "click", "packaging", "tensorboard"}
+    distributions = {"cut_cross_entropy": "cut-cross-entropy", "mamba_ssm": "mamba-ssm", "flash_mla": "flash-mla"}
+    distributions |= {"transformer_engine": "transformer-engine", "xma": "accelerated-model-architectures"}
+    names = {distributions.get(name, name) for name in imported - ours - sys.stdlib_module_names}
+    assert names <= set(training_facts._PACKAGES), names - set(training_facts._PACKAGES)
+    assert {"torch", "triton"} <= names
+
+
+def test_on_gpus_the_driver_cuda_and_their_libraries_are_compared(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: f"H200 {index}")
+    monkeypatch.setattr("torch.version.cuda", "13.2")
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92100)
+    monkeypatch.setattr(preflight_ranks, "nccl_version", lambda: "2.28.9")
+    monkeypatch.setattr(preflight_ranks, "driver_version", lambda: "590.10")
+    here = own(monkeypatch, {}, device="cuda")
+    assert here["device"] == "H200 1"
+    told = {"driver": "590.10", "CUDA": "13.2", "NCCL": "2.28.9", "cuDNN": "92100"}
+    assert {name: here["same"].get(name) for name in told} == told
+    monkeypatch.setattr(preflight_ranks, "driver_version", lambda: "570.86")
+    error = disagreement([here, here, own(monkeypatch, {}, device="cuda")])
+    assert "has driver 570.86, ranks 0-1 have 590.10" in error.problem and "container" in error.fix
+
+
+def test_ranks_wait_for_each_other_as_long_as_the_recipe_lets_them():
+    """Less than until the watchdog takes a rank that waits for one that hangs."""
+    for minutes in (0.05, 10, 90):
+        assert meeting_seconds(minutes) + preflight_ranks._GRACE_S < Limits.of(minutes).slow
+    assert (meeting_seconds(10), meeting_seconds(90)) == (600, 1800)
+
+
+def test_the_limit_of_the_recipe_is_the_one_that_is_used(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(preflight_ranks, "own_facts", lambda plan, patches, device: facts())
+    monkeypatch.setattr(preflight_ranks, "open_store", lambda **settings: asked.update(opened=settings["timeout_s"]))
+    monkeypatch.setattr(preflight_ranks, "meet_ranks", lambda facts, **settings: asked.update(settings))
+    plan = {"device": "cpu", "world_size": 2, "recipe": {"training": {"health": {"hang_minutes": 60}}}}
+    preflight_ranks.compare_ranks(plan, [], rank=0)
+    assert (asked["timeout_s"], asked["opened"]) == (1200, 1200)
 
 
 # --- the meeting ---
@@ -151,7 +241,7 @@ def test_a_clock_that_is_off_is_a_warning(monkeypatch, capsys):
     ranks = [facts("n0"), facts("n1")]
     store.set("facts/1", json.dumps(ranks[1]))
     store.set("clock/1", repr(time.time() - 3600))
-    met = meet_ranks(ranks[0], rank=0, world_size=2, store=store)
+    met = meet_ranks(ranks[0], rank=0, world_size=2, store=store, timeout_s=20.0)
     assert met.clock_skew_s["n1"] == pytest.approx(3600, abs=5)
     assert "node n1 by 3600 s" in capsys.readouterr().err
 
@@ -176,9 +266,9 @@ def test_the_store_is_torchruns_and_its_keys_are_our_own(server, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    open_store(rank=0).set("facts/0", "x")
+    open_store(rank=0, timeout_s=20.0).set("facts/0", "x")
     assert server.get("megacpp-stp/2/facts/0") == b"x"
-    assert open_store(rank=1).get("facts/0") == b"x"
+    assert open_store(rank=1, timeout_s=20.0).get("facts/0") == b"x"
 
 
 def test_without_torchruns_store_rank_0_opens_one_that_megatron_can_share(server, monkeypatch):
@@ -188,8 +278,8 @@ def test_without_torchruns_store_rank_0_opens_one_that_megatron_can_share(server
     for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", str(port)), ("RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    store = open_store(rank=0)
-    assert open_store(rank=1).check(["facts/0"]) is False
+    store = open_store(rank=0, timeout_s=20.0)
+    assert open_store(rank=1, timeout_s=20.0).check(["facts/0"]) is False
     store.set("facts/0", "x")
     theirs, _, _ = next(rendezvous("env://"))
     assert theirs.get("megacpp-stp/0/facts/0") == b"x"
@@ -198,7 +288,7 @@ def test_without_torchruns_store_rank_0_opens_one_that_megatron_can_share(server
 def test_a_process_of_nobody_is_told_so(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="no rank of torchrun"):
-        open_store(rank=0)
+        open_store(rank=0, timeout_s=20.0)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")

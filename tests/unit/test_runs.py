@@ -133,6 +133,24 @@ def test_a_reason_names_no_place():
     assert len(without_places("x" * 5000)) < 500
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("rank 1 on node 10-a has torch 2", "rank 1 on node (a host) has torch 2"),
+        ("node 10.rack.example went silent", "node (a host) went silent"),
+        ("node 3_b: gone", "node (a host) gone"),
+        ("no rank met (10-a, 29500) in time", "no rank met (an address) in time"),
+        ("cannot write to /scratch: full", "cannot write to (a path): full"),
+        ("'/scratch' and /scratch/ and =/data", "'(a path)' and (a path)/ and =(a path)"),
+        ("node 3 and node 0: 2 of them, node 12. End", "node 3 and node 0: 2 of them, node 12. End"),
+        ("1/2 of 7 tokens/s and/or (loss)/step, n/a / 4", "1/2 of 7 tokens/s and/or (loss)/step, n/a / 4"),
+        ("/data/run/file.py", "file.py"),
+    ],
+)
+def test_names_that_look_like_numbers_and_short_paths_are_places_too(text, left):
+    assert without_places(text) == left
+
+
 def test_a_run_directory_is_made_once(tmp_path):
     create_run_directory(tmp_path / "a")
     for taken in (tmp_path / "a", tmp_path):

@@ -11,25 +11,36 @@ from pathlib import Path
 
 import pytest
 
-from megacpp_stp.runs.failures import first_failure
+from megacpp_stp.runs.failures import first_failure, report_failure
 from megacpp_stp.runs.hangs import HANG, drop_empty_stacks, hang_text, read_reports
+from megacpp_stp.training import sentinel
 from megacpp_stp.training.progress import Mark, Progress
+from megacpp_stp.training.sentinel import Count, is_stopped
 from megacpp_stp.training.watchdog import Limits, Stall
 
 # Fast enough for a test, slow enough for a machine that has other things to do.
 LIMITS = "Limits(usual=0.6, slow=30.0, look=0.05, grace=1.5)"
 BEGIN = f"""
-    import sys, time, ctypes, threading
+    import atexit, ctypes, os, sys, time, threading
     from pathlib import Path
     from megacpp_stp.training.progress import Mark, Progress
     from megacpp_stp.training.watchdog import Limits, Watchdog
     rank, world, what = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     progress = Progress(lambda: 6)
+    limits = {LIMITS}
+    if len(sys.argv) > 5:  # it will be suspended before that
+        limits = Limits(usual=1.5, slow=30.0, look=0.05, grace=1.5)
+    if what == "stays":
+        limits = Limits(usual=0.6, slow=1.2, look=0.05, grace=1.5)
+        atexit.register(ctypes.PyDLL(None).sleep, 60)
     def wait_in_data():
         time.sleep(60)
-    with Watchdog(Path(sys.argv[1]), rank=rank, world_size=world, progress=progress, limits={LIMITS},
-                  place=lambda: {{"pipeline": rank}}):
+    with Watchdog(Path(sys.argv[1]), rank=rank, world_size=world, progress=progress, limits=limits,
+                  place=lambda: {{"pipeline": rank}}, to_the_end=what in ("stays", "ends")):
+        if what == "leaves a child" and not os.fork():
+            time.sleep(60)  # as a data worker may, with all files that are open
         print("ready", flush=True)
+        sys.stdin.readline()
         for _ in range(3):
             progress.data(training=True)
             progress.stepped()
@@ -43,7 +54,7 @@ BEGIN = f"""
         if what == "starts":
             progress.mark = Mark("start-up", slow=True)
             time.sleep(1.5)
-        if what == "works":
+        if what in ("works", "ends", "leaves a child"):
             for _ in range(100):
                 progress.data(training=True)
                 time.sleep(0.02)
@@ -51,18 +62,43 @@ BEGIN = f"""
 """
 
 
-def rank(directory, number, world, what):
-    arguments = [sys.executable, "-c", textwrap.dedent(BEGIN), str(directory), str(number), str(world), what]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def rank(directory, number, world, what, *more):
+    arguments = [sys.executable, "-c", textwrap.dedent(BEGIN), str(directory), str(number), str(world), what, *more]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(arguments, **pipes, text=True)
+
+
+def children(pid):
+    """Numbers of the processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_there(pid):
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class Scene:
-    """Ranks of one run."""
+    """Ranks of one run, which wait to begin."""
 
-    def __init__(self, directory, *doings):
+    def __init__(self, directory, *doings, suspended=False):
         directory.mkdir()
         self.directory = directory
-        self.ranks = [rank(directory, number, len(doings), what) for number, what in enumerate(doings)]
+        self.suspended = suspended
+        more = ("suspended",) if suspended else ()
+        self.ranks = [rank(directory, number, len(doings), what, *more) for number, what in enumerate(doings)]
+
+    def be_ready(self):
+        for child in self.ranks:
+            assert child.stdout.readline() == "ready\n"
+
+    def begin(self):
+        for child in self.ranks:
+            child.stdin.write("go\n")
+            child.stdin.flush()
 
     def signal(self, number, what):
         os.kill(self.ranks[number].pid, what)
@@ -83,18 +119,32 @@ def scenes(tmp_path_factory):
         "alone": Scene(place / "c", "keeps the interpreter"),
         "starts": Scene(place / "d", "starts"),
         "works": Scene(place / "e", "works"),
-        "goes on": Scene(place / "f", "works", "leaves"),
+        "goes on": Scene(place / "f", "works", "leaves", suspended=True),
+        "goes on alone": Scene(place / "g", "works", suspended=True),
+        "goes on with its sentinel": Scene(place / "h", "works", suspended=True),
+        "blocked and suspended": Scene(place / "i", "keeps the interpreter", suspended=True),
+        "all blocked": Scene(place / "j", "keeps the interpreter", "keeps the interpreter"),
+        "stays": Scene(place / "k", "stays"),
+        "ends": Scene(place / "l", "ends"),
     }
     try:
         for scene in found.values():
-            for child in scene.ranks:
-                assert child.stdout.readline() == "ready\n"
-            if scene is found["stopped"]:
-                scene.signal(2, signal.SIGSTOP)
-            if scene is found["goes on"]:
-                scene.signal(0, signal.SIGSTOP)
-        time.sleep(1.2)
-        found["goes on"].signal(0, signal.SIGCONT)
+            scene.be_ready()
+        found["stopped"].signal(2, signal.SIGSTOP)
+        for scene in found.values():
+            scene.begin()
+        time.sleep(0.4)
+        (watching,) = children(found["goes on with its sentinel"].ranks[0].pid)
+        os.kill(watching, signal.SIGSTOP)
+        suspended = [scene for scene in found.values() if scene.suspended]
+        for scene in suspended:
+            scene.signal(0, signal.SIGSTOP)
+        time.sleep(2.5)  # more than the limit of these
+        os.kill(watching, signal.SIGCONT)
+        time.sleep(0.2)
+        assert found["blocked and suspended"].ranks[0].poll() is None
+        for scene in suspended:
+            scene.signal(0, signal.SIGCONT)
         yield found
     finally:
         for child in (child for scene in found.values() for child in scene.ranks):
@@ -130,27 +180,110 @@ def test_the_others_are_asked_and_a_stopped_rank_is_told_by_its_silence(scenes):
     assert not (scene.directory / "hang-2.txt").exists() and (scene.directory / "hang-0.txt").exists()
 
 
-def test_a_blocked_interpreter_leaves_its_stacks(scenes):
-    """Alone it is ended too: nobody else could."""
-    scene = scenes["alone"]
-    assert scene.ended(0)[0] == 1
+@pytest.mark.parametrize("what", ["alone", "blocked and suspended"])
+def test_a_blocked_interpreter_leaves_its_stacks_and_is_ended(scenes, what):
+    """Alone it is ended too: nobody else could. A suspension in between does not change that."""
+    scene = scenes[what]
+    status, said = scene.ended(0)
+    assert status == -signal.SIGKILL
+    assert "megacpp-stp: rank 0: the interpreter is blocked: native code keeps Python's lock" in said
     assert 'File "<string>"' in (scene.directory / "hang-0.txt").read_text()
-    assert hang_text(scene.directory) == "the interpreter of rank 0 is blocked (hang-0.txt)"
+    failure = first_failure(scene.directory)
+    assert (failure["kind"], failure["rank"]) == ("hang", 0)
+    assert failure["text"] == hang_text(scene.directory) == "the interpreter of rank 0 is blocked (hang-0.txt)"
+
+
+def test_where_all_interpreters_are_blocked_all_are_ended(scenes):
+    scene = scenes["all blocked"]
+    assert [scene.ended(number)[0] for number in (0, 1)] == [-signal.SIGKILL] * 2
+    assert first_failure(scene.directory)["text"] == "the interpreter of ranks 0, 1 is blocked (hang-0.txt)"
+
+
+def test_a_process_that_does_not_end_after_its_work_is_ended(scenes):
+    """With its interpreter blocked, while that is taken down."""
+    scene = scenes["stays"]
+    status, said = scene.ended(0)
+    assert status == -signal.SIGKILL
+    assert "rank 0: its work was done, and its process did not end" in said
+    assert "Timeout (0:00:00" in said  # its stacks
+    assert first_failure(scene.directory)["text"] == "rank 0: its work was done, and its process did not end"
+
+
+@pytest.mark.parametrize("what", ["works", "leaves a child"])
+def test_a_sentinel_does_not_outlive_its_process(tmp_path, what):
+    """Killed without warning, with the pipe kept open by a worker or not."""
+    scene = Scene(tmp_path / "run", what)
+    child = scene.ranks[0]
+    scene.be_ready()
+    started = children(child.pid)
+    sentinels = [pid for pid in started if b"sentinel.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert (len(sentinels), len(started)) == (1, 2 if what == "leaves a child" else 1)
+    child.kill()
+    child.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while is_there(sentinels[0]):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        for pid in set(started) - set(sentinels):
+            os.kill(pid, signal.SIGKILL)
+        child.communicate()
 
 
 def test_one_among_others_is_told_by_them_with_its_stacks(scenes):
     scene = scenes["blocked"]
     assert scene.ended(0)[0] == 1
-    assert scene.ranks[1].poll() is None
+    assert scene.ended(1)[0] == -signal.SIGKILL  # where torchrun has not ended it before
+    assert first_failure(scene.directory)["rank"] == 0
     assert "rank 1 said nothing: the interpreter of rank 1 is blocked (hang-1.txt)" in hang_text(scene.directory)
 
 
-@pytest.mark.parametrize("what", ["starts", "works", "goes on"])
+@pytest.mark.parametrize("what", ["starts", "works", "goes on", "goes on alone", "goes on with its sentinel", "ends"])
 def test_a_rank_that_comes_on_is_left_alone_and_leaves_nothing(scenes, what):
     """More than the limit in all, less between two marks; what may take long; and one that was only stopped."""
     scene = scenes[what]
     assert scene.ended(0) == (0, "")
     assert list(scene.directory.iterdir()) == []
+
+
+def test_a_lease_counts_what_was_watched():
+    count = Count(0.5)
+    assert count.after(3000.0, stopped=False) == float("inf")  # nothing is promised yet
+    count.left = 5.0
+    looks = [(0.5, False, 4.5), (3000.0, False, 3.5), (0.5, True, 3.5), (3000.0, True, 3.5), (0.5, False, 3.0)]
+    assert [count.after(seconds, stopped=stopped) for seconds, stopped, _ in looks] == [left for *_, left in looks]
+
+
+def test_what_a_rank_has_said_itself_stays(tmp_path, capfd):
+    """A rank that failed, and whose process then does not end."""
+    failure = {"rank": 3, "kind": "hang", "reason": "it stays", "logs": None, "cause": None, "agreed": False}
+    for name in ("error-3.json", "other.json"):
+        if name == "error-3.json":
+            (tmp_path / name).write_text("its own")
+        sentinel._tell({"told": str(tmp_path / name), "failure": failure})
+    assert (tmp_path / "error-3.json").read_text() == "its own"
+    written = json.loads((tmp_path / "other.json").read_text())
+    assert {**written, "time": 0} == {**failure, "time": 0}
+    assert capfd.readouterr().err == "megacpp-stp: rank 3: it stays; its process is killed\n" * 2
+    report_failure(tmp_path, rank=4, error=RuntimeError("x"))
+    assert json.loads((tmp_path / "error-4.json").read_text()).keys() == written.keys()  # of one form
+
+
+def test_a_stopped_process_is_known_by_its_state():
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert not is_stopped(child.pid)
+        child.send_signal(signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        assert is_stopped(child.pid)
+        child.send_signal(signal.SIGCONT)
+        os.waitpid(child.pid, os.WCONTINUED)
+        assert not is_stopped(child.pid)
+    finally:
+        child.kill()
+        child.wait()
+    assert not is_stopped(child.pid)  # nobody
 
 
 def test_time_in_which_nobody_watched_does_not_count():
@@ -195,6 +328,8 @@ def test_a_marks_life():
     done = 5
     progress.data(training=True)
     assert progress.mark == ("data", 6, 1, False)
+    progress.closing()
+    assert progress.mark == ("closing", 6, None, True)
 
 
 def test_a_mark_is_a_new_object_though_equal():

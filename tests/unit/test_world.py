@@ -145,6 +145,53 @@ def test_the_other_dispatcher_gathers_all_tokens():
     assert ("expert", "all-to-all", "tokens to their experts and back") not in gathered
 
 
+def exchanged(*overrides):
+    """What one microbatch of 12,288 tokens over four GPUs sends for context parallelism, 2 bytes a number."""
+    settings = ("training.global_batch_size=2", *overrides)
+    everything = found(recipe_of("nam56r-cp4-12k", *settings))
+    return {operation: flow for (axis, operation, _), flow in everything.items() if axis == "context"}
+
+
+def test_context_parallelism_gathers_for_sparse_layers_and_for_those_beside_them():
+    """4 + 9 of its blocks are attention, the latter sparse: a key of 128, an indexer's of 64; 56 heads, recomputed."""
+    flows = exchanged()
+    blocks = build_plan(recipe_of("nam56r-cp4-12k")).layout
+    dense, sparse = len(blocks.numbers("mla")), len(blocks.numbers("dsa"))
+    assert (dense, sparse) == (4, 9)
+    keys = 56 * (64 + 64 + 64)
+    gathered, scattered = flows["all-gather"], flows["reduce-scatter"]
+    assert gathered.payload == 12288 * 2 * (dense * 3 * keys + sparse * 2 * (128 + 64))
+    assert scattered.payload == 12288 * 2 * (dense * keys + sparse * (128 + 64))
+    assert (gathered.size, gathered.sent) == (4, gathered.payload * 3 // 4)
+    assert gathered.over_network == 0 and "ring" not in flows and "all-to-all" not in flows
+    assert exchanged("training.recompute=null")["all-gather"].payload == 12288 * 2 * (
+        dense * 2 * keys + sparse * (128 + 64)
+    )
+    untaught = exchanged("model.families.A.sparse.loss_coeff=0")["reduce-scatter"]
+    assert untaught.payload == 12288 * 2 * (dense * keys + sparse * 128)
+
+
+def test_context_parallelism_without_sparse_layers_goes_round_a_ring():
+    flows = exchanged("model.families.A.sparse=null", "training.recompute=null")
+    assert set(flows) == {"ring"}
+    # Keys and values once forward, with their gradients backward, to three others.
+    assert flows["ring"].sent == 3 * 3 * (12288 // 4) * 2 * 13 * 56 * (64 + 64 + 64)
+    over = exchanged(
+        "model.families.A.sparse=null",
+        "launch.nodes=4",
+        "launch.processes_per_node=2",
+        "training.recompute=null",
+    )["ring"]
+    assert over.over_network == over.sent
+
+
+def test_what_has_no_context_parallelism_is_said_not_to_be_counted():
+    text = " ".join(shown("nam56r-cp4-12k").split())
+    assert "context 4 1 keys and values all-gather" in text
+    assert "not counted: Mamba-3 at layers" in text and "M2RNN at layers" in text
+    assert "not counted" not in shown("nam56r", *MANY)
+
+
 def shown(name, *overrides):
     out = io.StringIO()
     print_plan(build_plan(load_recipe(name, overrides)), Console(file=out, width=160, highlight=False))

@@ -52,6 +52,18 @@ def fault_of_step(module):
     module.next_batch, step.__call__, step._loss = next_batch, forward, loss_of
 
 
+def fault_of_initialize(module):
+    """Of Megatron's: how long torch will wait for other ranks."""
+    if FAULT["what"] == "tell the limit":
+        init = module.torch.distributed.init_process_group
+
+        def telling(*args, **kwargs):
+            print(f"torch waits for {kwargs['timeout'].days} days", flush=True)
+            return init(*args, **kwargs)
+
+        module.torch.distributed.init_process_group = telling
+
+
 def fault_of_meter(module):
     """Of `megacpp_stp.stp.meter`: a loss of the first tap that a rank has."""
     add = module.Meter.add
@@ -91,6 +103,7 @@ FAULTS = {
     "megacpp_stp.stp.meter": fault_of_meter,
     "megatron.core.distributed.finalize_model_grads": fault_of_finalize,
     "megatron.core.optimizer.optimizer": fault_of_optimizer,
+    "megatron.training.initialize": fault_of_initialize,
 }
 
 
