@@ -339,7 +339,8 @@ def test_make_test_sets_up_then_lints_then_ends_in_pytest(checkout: Checkout) ->
     result = checkout.make("-n", "-j2", "test")
     assert result.returncode == 0, result.stderr
     assert result.stdout.index("pip install") < result.stdout.index("ruff") < result.stdout.index("mypy")
-    assert result.stdout.splitlines()[-1] == 'OMP_NUM_THREADS=1 ".venv/bin/pytest" -m "not slow and not gpu"'
+    pytest_line = 'OMP_NUM_THREADS=1 ".venv/bin/pytest" -n 2 --dist loadfile -m "not slow and not gpu"'
+    assert result.stdout.splitlines()[-1] == pytest_line
 
 
 def test_make_demo_prepares_the_data_once(checkout: Checkout) -> None:
