@@ -14,7 +14,7 @@ from megacpp_stp.plan.diff import compare
 from megacpp_stp.plan.facts import Side
 from megacpp_stp.recipe import Recipe, load_recipe, restore_recipe
 from megacpp_stp.runs.bootstrap import FEWEST_SEEDS, FEWEST_VALUES
-from megacpp_stp.runs.compare import counted
+from megacpp_stp.runs.difference import counted
 from megacpp_stp.runs.gate import DORMANT, Gate
 from megacpp_stp.runs.likeness import SEEDS
 

@@ -12,6 +12,7 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.patches.registry import code_hash
 from megacpp_stp.runs.files import METRICS, RECEIPT
 from megacpp_stp.runs.receipt import read_receipt
+from megacpp_stp.runs.watch import clock
 from megacpp_stp.training.launcher import Launch
 
 Say = Callable[[str], None]
@@ -130,10 +131,3 @@ def _ending(task: Task, status: int, seconds: Sequence[float], *, left: int) -> 
     if not left:
         return said
     return f"{said}; {left} left, about {clock(left * sum(seconds) / len(seconds))} at the speed so far"
-
-
-def clock(seconds: float) -> str:
-    """A duration as people say it: 75 is 1:15."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

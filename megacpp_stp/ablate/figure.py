@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from megacpp_stp.ablate.cell_runs import shown_cells
 from megacpp_stp.ablate.contrast import Contrast
 from megacpp_stp.ablate.verdict import Verdict
-from megacpp_stp.ablate.words import UNITS, difference_words, interval_words, verdict_words
+from megacpp_stp.ablate.words import difference_words, interval_words, verdict_words
 from megacpp_stp.runs.bootstrap import CONFIDENCE, Interval
+from megacpp_stp.runs.metrics import UNITS
 from megacpp_stp.runs.report import WORDS
 from megacpp_stp.runs.report_curves import NARROW, WIDE
 from megacpp_stp.runs.report_ink import LIGHT, Axes, Figure, Plot, colour_of, label

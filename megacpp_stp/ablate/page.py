@@ -12,10 +12,11 @@ from megacpp_stp.ablate.figure import cells_plot, effects_plot
 from megacpp_stp.ablate.matrix import Matrix, name_of
 from megacpp_stp.ablate.own_page import MARK
 from megacpp_stp.ablate.verdict import Verdict
-from megacpp_stp.ablate.words import UNITS, difference_words, verdict_words
+from megacpp_stp.ablate.words import difference_words, verdict_words
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.bootstrap import CONFIDENCE
-from megacpp_stp.runs.compare import counted
+from megacpp_stp.runs.difference import counted
+from megacpp_stp.runs.metrics import UNITS
 from megacpp_stp.runs.report import WORDS
 from megacpp_stp.runs.report_curves import window_words
 from megacpp_stp.runs.report_files import plots_of

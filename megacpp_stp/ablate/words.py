@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megacpp_stp.ablate.contrast import BETTER, HIGHER, LOWER, NO_VERDICT, WORSE, Contrast
+from megacpp_stp.ablate.contrast import BETTER, NO_VERDICT, WORSE, Contrast
 from megacpp_stp.runs.bootstrap import CONFIDENCE
-
-UNITS = {"lm_loss": "nats a token", "bits_per_byte": "bits a byte"}
+from megacpp_stp.runs.difference import HIGHER, LOWER
+from megacpp_stp.runs.metrics import UNITS
 
 
 def verdict_words(found: Contrast) -> str:

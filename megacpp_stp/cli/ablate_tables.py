@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from megacpp_stp.ablate.cost import flops_of, seconds_left, tokens_of
-from megacpp_stp.ablate.execute import clock
 from megacpp_stp.ablate.matrix import Matrix, name_of
 from megacpp_stp.ablate.session import Outcome
 from megacpp_stp.ablate.state import Task
@@ -19,7 +18,8 @@ from megacpp_stp.ablate.verdict import CellResult
 from megacpp_stp.ablate.words import difference_words, interval_words, verdict_words
 from megacpp_stp.plan.parameters import count, parts
 from megacpp_stp.runs.bootstrap import CONFIDENCE
-from megacpp_stp.runs.compare import counted
+from megacpp_stp.runs.difference import counted
+from megacpp_stp.runs.watch import clock
 
 DRY_RUN_FORMAT = 1
 _LOUD = "bold white on red"

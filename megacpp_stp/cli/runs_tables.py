@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from megacpp_stp.runs.bootstrap import CONFIDENCE
-from megacpp_stp.runs.compare import Comparison, PairResult, Point, RunResult, counted, validation_of
+from megacpp_stp.runs.compare import Comparison, PairResult, Point, RunResult, validation_of
+from megacpp_stp.runs.difference import counted
 from megacpp_stp.runs.equality import Equality
 from megacpp_stp.runs.files import shown
+from megacpp_stp.runs.metrics import UNITS
 
-_UNITS = {"lm_loss": "nats a token", "bits_per_byte": "bits a byte"}
 _LOUD = "bold white on red"
 _MOST_DIFFERENCES = 12
 
@@ -73,7 +74,7 @@ def print_comparison(found: Comparison, console: Console) -> None:
     console.print(Text(found.title, style=_LOUD if loud else "bold"))
     console.print(Text(f"{counted(len(found.window.iterations))}: {found.window.why}"))
     table = Table()
-    unit = _UNITS[validation_of(found.metric)]
+    unit = UNITS[validation_of(found.metric)]
     for column in ("", "run"):
         table.add_column(column)
     for column in (

@@ -5,7 +5,6 @@ Arm A is the base; each other arm is compared with it, iteration by iteration an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,16 +12,16 @@ from typing import Any
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.arms import Arm, Pairing, make_arms, pair_seeds
-from megacpp_stp.runs.bootstrap import FEWEST_SEEDS, Interval, block_interval, seed_interval
+from megacpp_stp.runs.bootstrap import FEWEST_SEEDS, Interval
+from megacpp_stp.runs.difference import counted, interval_of, mean, relative_to, shown_by
 from megacpp_stp.runs.files import shown_lines
-from megacpp_stp.runs.likeness import Likeness, arm_likeness
+from megacpp_stp.runs.likeness import Likeness, arm_likeness, some, standing
 from megacpp_stp.runs.recorded import RecordedRun, read_run
 from megacpp_stp.runs.window import Wanted, Window, choose_window, require_live
 
 COMPARE_FORMAT = 1
 _HIGHER_IS_BETTER = ("tokens_per_s", "tflops_per_gpu", "mfu", "goodput")
 _LOWER_IS_BETTER = ("lm_loss", "bits_per_byte", "stp_loss", "stp_weighted", "stp_loss_by_tap", "step_time_s")
-_MOST_NAMED = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +207,7 @@ def _refuse_unlike(pairings: Sequence[Pairing], likes: Sequence[Likeness], *, me
     for pairing, like in zip(pairings, likes, strict=True):
         if like.unlike:
             a, b = pairing.pairs[0]
-            what = "; ".join(f"{kind} ({_some(paths)})" for kind, paths in like.unlike.items())
+            what = "; ".join(f"{kind} ({some(paths)})" for kind, paths in like.unlike.items())
             bits = "; losses a token of two tokenizers are no one scale, compare bits_per_byte"
             raise UserError(
                 f"{a.name} and {b.name} are unlike in {what}",
@@ -228,72 +227,25 @@ def _compare_arms(
     window: Window,
 ) -> PairResult:
     by_pair = [[values[b][i] - values[a][i] for i in window.iterations] for a, b in pairing.pairs]
-    by_seed = tuple(map(_mean, by_pair))
-    difference = _mean(by_seed)
-    base_mean = _mean([values[a][i] for a, _ in pairing.pairs for i in window.iterations])
-    interval, method = _interval(by_pair, by_seed)
+    by_seed = tuple(map(mean, by_pair))
+    difference = mean(by_seed)
+    base_mean = mean([values[a][i] for a, _ in pairing.pairs for i in window.iterations])
+    interval, method = interval_of(by_pair)
     return PairResult(
         a=base.letter,
         b=arm.letter,
         controlled=like.is_controlled and pairing.same_seeds,
-        standing=_standing(like, same_seeds=pairing.same_seeds),
+        standing=standing([like], same_seeds=pairing.same_seeds),
         differences=tuple({"path": item.path, "a": item.a, "b": item.b} for item in like.differences),
         unlike=like.unlike,
         seeds=tuple(a.seed for a, _ in pairing.pairs),
         by_seed=by_seed,
         difference=difference,
-        relative=_over(difference, base_mean),
+        relative=relative_to(base_mean, difference),
         interval=interval,
         method=method,
-        verdict=_verdict(interval),
+        verdict=shown_by(interval),
     )
-
-
-def _interval(by_pair: Sequence[Sequence[float]], by_seed: Sequence[float]) -> tuple[Interval | None, str]:
-    """Over seeds where there are enough, else over blocks of iterations of their mean difference."""
-    seeds = len(by_seed)
-    if seeds >= FEWEST_SEEDS:
-        return seed_interval(by_seed), f"Student's t over {seeds} seeds"
-    averaged = [_mean(column) for column in zip(*by_pair, strict=True)]
-    interval = block_interval(averaged)
-    of = "1 seed" if seeds == 1 else f"the mean of {seeds} seeds"
-    if interval is None:
-        return None, f"{counted(len(averaged))} of {of}, too few for one"
-    return interval, f"moving blocks of {interval.block_length}, over {counted(len(averaged))} of {of}"
-
-
-def _verdict(interval: Interval | None) -> str:
-    if interval is None:
-        return "no interval"
-    if interval.high < 0:
-        return "lower"
-    return "higher" if interval.low > 0 else "no difference shown"
-
-
-def _standing(like: Likeness, *, same_seeds: bool) -> str:
-    if like.unlike:
-        return f"not controlled, unlike {', '.join(like.unlike)}"
-    if not like.complete:
-        return "not controlled: a plan.json is missing, so that not all could be compared"
-    if like.changed:
-        return f"not controlled: {', '.join(like.changed)} went on with another plan"
-    if like.besides:
-        too = " too" if like.in_stp else ""
-        return f"not controlled: {_some(like.besides)} {'differs' if len(like.besides) == 1 else 'differ'}{too}"
-    if not like.paths:
-        return "controlled: the plans are equal, so that the difference is not theirs"
-    if not same_seeds:
-        why = "training.seed differs too" if like.in_stp else "only seeds differ; this is what a seed makes"
-        return f"not controlled: {why}"
-    # A run without STP lacks all of its keys.
-    lacks_stp = any(item.path == "stp.weight" and None in (item.a, item.b) for item in like.differences)
-    paths = ["stp"] if lacks_stp else like.paths
-    return f"controlled: only {_some(paths)} {'differs' if len(paths) == 1 else 'differ'}"
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _title(pairs: Sequence[PairResult], *, metric: str, window: Window) -> str:
@@ -335,7 +287,7 @@ def result_of(arm: Arm, run: RecordedRun, *, metric: str, values: Mapping[int, f
         stp_weight=None if run.gate is None else run.gate.weight,
         gate=run.gate.first_live if run.gate is not None and run.gate.acts else None,
         regimes={} if run.gate is None else run.gate.regimes(window.iterations),
-        mean=_mean([point.value for point in inside]),
+        mean=mean([point.value for point in inside]),
         best=_best(metric, inside),
         last=inside[-1],
         best_validation=min(validations, key=lambda point: point.value, default=None),
@@ -379,17 +331,3 @@ def _notes(
 
 def _iterations(run: RecordedRun, window: Window) -> list[int]:
     return [record["iteration"] for record in run.records if window.first <= record["iteration"] <= window.last]
-
-
-def counted(iterations: int) -> str:
-    """How many, in words."""
-    return f"{iterations} iteration{'s' if iterations != 1 else ''}"
-
-
-def _over(difference: float, mean: float) -> float | None:
-    relative = difference / abs(mean) if mean else math.inf
-    return relative if math.isfinite(relative) else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

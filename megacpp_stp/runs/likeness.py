@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megacpp_stp.plan.diff import Difference, compare
@@ -16,6 +16,7 @@ SEEDS = ("training.seed", "stp.seed")
 _BATCH = ("training.global_batch_size", "training.micro_batch_size", "training.sequence_length", "micro_batches")
 _PATTERN = ("model.pattern", "model.depth", "layout.source_pattern")
 _MEGATRON_PATTERN = "layout.megatron_pattern"
+_MOST_NAMED = 6
 _KIND_OF_GROUP = {"substrate": "substrate", "environment": "substrate", "parallelism": "parallelism"}
 
 
@@ -158,6 +159,8 @@ def _unknown(a: RecordedRun, b: RecordedRun) -> Iterator[tuple[str, str]]:
             yield "tokenizer", f"{run.name} does not say"
         if len(run.substrates) > 1:
             yield "substrate", f"{run.name} changed it on the way"
+        if len(run.environments) > 1:
+            yield "substrate", f"{run.name} changed its environment on the way"
 
 
 def same_arm(a: RecordedRun, b: RecordedRun) -> bool:
@@ -166,3 +169,48 @@ def same_arm(a: RecordedRun, b: RecordedRun) -> bool:
         return False
     found = likeness(a, b)
     return all(path in SEEDS for path in found.paths)
+
+
+def standing(likes: Sequence[Likeness], *, same_seeds: bool = True) -> str:
+    """What a comparison of all these pairs stands on, in words: ``controlled`` or not, and what differs.
+
+    Args:
+        likes: Of each pair.
+        same_seeds: Whether partners have the same training seed.
+    """
+    if unlike := _each_once(kind for like in likes for kind in like.unlike):
+        return f"not controlled, unlike {', '.join(unlike)}"
+    if not all(like.complete for like in likes):
+        return "not controlled: a plan.json is missing, so that not all could be compared"
+    if changed := _each_once(name for like in likes for name in like.changed):
+        return f"not controlled: {some(changed)} went on with another plan"
+    in_stp = any(like.in_stp for like in likes)
+    if besides := _each_once(path for like in likes for path in like.besides):
+        return f"not controlled: {some(besides)} {_differ(besides)}{' too' if in_stp else ''}"
+    paths = _each_once(path for like in likes for path in _stp_paths(like))
+    if not paths:
+        return "controlled: the plans are equal, so that the difference is not theirs"
+    if not same_seeds:
+        why = "training.seed differs too" if in_stp else "only seeds differ; this is what a seed makes"
+        return f"not controlled: {why}"
+    return f"controlled: only {some(paths)} {_differ(paths)}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Names in a sentence, the first few of many."""
+    rest = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _each_once(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _differ(names: Sequence[str]) -> str:
+    return "differs" if len(names) == 1 else "differ"
+
+
+def _stp_paths(like: Likeness) -> Sequence[str]:
+    """A run without STP lacks all of its keys: then STP as a whole differs."""
+    lacks_stp = any(item.path == "stp.weight" and None in (item.a, item.b) for item in like.differences)
+    return ["stp"] if lacks_stp else like.paths

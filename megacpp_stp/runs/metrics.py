@@ -14,6 +14,8 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.runs.opening import reading
 
 Record = dict[str, Any]
+UNITS = {"lm_loss": "nats a token", "bits_per_byte": "bits a byte"}
+"""Of the losses."""
 NUMBERS = (
     "lm_loss",
     "bits_per_byte",

@@ -17,10 +17,10 @@ from megacpp_stp.runs.compare import Comparison, RunResult, compare_runs, read_r
 from megacpp_stp.runs.files import shown
 from megacpp_stp.runs.gate import Gate
 from megacpp_stp.runs.invalid import invalid_reason, require_valid
+from megacpp_stp.runs.metrics import UNITS
 from megacpp_stp.runs.recorded import RecordedRun, read_run
 from megacpp_stp.runs.window import Wanted, Window, choose_window
 
-UNITS = {"lm_loss": "nats a token", "bits_per_byte": "bits a byte"}
 WORDS = {"lm_loss": "lm loss", "bits_per_byte": "lm loss"}
 _LARGEST = 1e18  # beyond, axes of floats lose their way
 _LAST_ITERATION = 2**53

@@ -8,10 +8,12 @@ from typing import Any
 
 from megacpp_stp.runs.arms import Arm
 from megacpp_stp.runs.bootstrap import CONFIDENCE
-from megacpp_stp.runs.compare import PairResult, counted
+from megacpp_stp.runs.compare import PairResult
+from megacpp_stp.runs.difference import counted
 from megacpp_stp.runs.gate import Gate
+from megacpp_stp.runs.metrics import UNITS
 from megacpp_stp.runs.recorded import RecordedRun
-from megacpp_stp.runs.report import UNITS, WORDS, Report, values_of
+from megacpp_stp.runs.report import WORDS, Report, values_of
 from megacpp_stp.runs.report_ink import LIGHT, Axes, Figure, Plot, colour_of, dashes_of, label
 from megacpp_stp.runs.report_series import Series, bin_size, thin
 from megacpp_stp.runs.window import Window

@@ -13,7 +13,7 @@ from typing import Any
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.facts import value_at
 from megacpp_stp.runs.arms import Arm
-from megacpp_stp.runs.compare import counted
+from megacpp_stp.runs.difference import counted
 from megacpp_stp.runs.files import METRICS, shown
 from megacpp_stp.runs.recorded import RecordedRun
 from megacpp_stp.runs.report import Report

@@ -7,9 +7,11 @@ from html import escape
 
 from megacpp_stp import __version__
 from megacpp_stp.runs.bootstrap import CONFIDENCE
-from megacpp_stp.runs.compare import PairResult, counted
+from megacpp_stp.runs.compare import PairResult
+from megacpp_stp.runs.difference import counted
+from megacpp_stp.runs.metrics import UNITS
 from megacpp_stp.runs.recorded import RecordedRun
-from megacpp_stp.runs.report import UNITS, Report
+from megacpp_stp.runs.report import Report
 from megacpp_stp.runs.report_curves import arm_name, window_words
 from megacpp_stp.runs.report_ink import ARM_COLOURS, Plot, svg
 from megacpp_stp.runs.report_style import style_sheet

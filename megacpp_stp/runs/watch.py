@@ -195,7 +195,7 @@ class Watch:
         step = math.fsum(self._steps) / len(self._steps) if self._steps else 0.0
         if silence < max(_SILENT_S, _SILENT_STEPS * step):
             return Life.RUNNING, ""
-        since = f"no sign of life for {_clock(silence)}"
+        since = f"no sign of life for {clock(silence)}"
         if launcher_is_there(self.directory) is False:
             return Life.DIED, f"{since}, and its launcher is gone (or on a machine whose locks are not seen here)"
         return (
@@ -241,7 +241,7 @@ class Watch:
         text = f"iteration {done}/{planned}, {min(done / planned, 1.0):.0%}"
         left = planned - done
         if left > 0 and self._steps and self._facts.life in (Life.RUNNING, Life.SILENT):
-            text += f", {_clock(left * math.fsum(self._steps) / len(self._steps))} left (steps alone)"
+            text += f", {clock(left * math.fsum(self._steps) / len(self._steps))} left (steps alone)"
         room = min(width - len(text) - 2, _WIDEST)
         filled = round(min(done / planned, 1.0) * room)
         return f"{text}  {'━' * filled}{'─' * (room - filled)}" if room >= 10 else text
@@ -295,8 +295,8 @@ def _first_line(error: UserError | OSError) -> str:
     return shown(str(error).splitlines()[0])
 
 
-def _clock(seconds: float) -> str:
-    """75 is 1:15."""
+def clock(seconds: float) -> str:
+    """A duration as people say it: 75 is 1:15."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -8,7 +8,7 @@ import pytest
 
 from megacpp_stp.ablate import code, execute, session
 from megacpp_stp.ablate.cost import seconds_left
-from megacpp_stp.ablate.execute import check_tasks, clock, run_tasks
+from megacpp_stp.ablate.execute import check_tasks, run_tasks
 from megacpp_stp.ablate.session import run_matrix
 from megacpp_stp.ablate.state import Step, device_of, list_tasks, strangers
 from megacpp_stp.ablate.verdict import judge_matrix

@@ -8,12 +8,13 @@ import statistics
 import pytest
 from rich.console import Console
 
-from megacpp_stp.ablate.contrast import contrast, interval_of
+from megacpp_stp.ablate.contrast import contrast
 from megacpp_stp.ablate.session import Outcome
 from megacpp_stp.ablate.verdict import judge_matrix
 from megacpp_stp.ablate.words import sentence_words
 from megacpp_stp.cli.ablate_tables import print_outcome
 from megacpp_stp.runs.compare import compare_runs
+from megacpp_stp.runs.difference import interval_of
 from megacpp_stp.runs.files import read_json, write_json
 from megacpp_stp.runs.recorded import read_run
 from megacpp_stp.runs.window import Window
