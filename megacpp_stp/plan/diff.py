@@ -47,6 +47,7 @@ _GROUP_OF_ROOT = {
     "patches": "patches",
     "device": "environment",
     "env": "environment",
+    "environment": "environment",
     "substrate": "substrate",
 }
 # They name a recipe or say how it was come by, and change nothing that runs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.env import FIELD, SECRET, EnvVar
@@ -98,6 +99,16 @@ def shown_environment(recorded: Mapping[str, str]) -> dict[str, str]:
     """
     found = {name: value for name, value in recorded.items() if _is_shown(name)}
     return {name: "(an address)" if _AN_ADDRESS.search(value) else value for name, value in found.items()}
+
+
+def computing_environment(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the variables that a receipt shows, those that change what is computed, or how: not the network's, not GPUs'
+    numbers.
+
+    Args:
+        shown: By name; anybody may have written it.
+    """
+    return {name: value for name, value in shown.items() if _is_watched(name)}
 
 
 def _is_shown(name: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megacpp_stp.plan.env_guard import computing_environment
 from megacpp_stp.plan.places import without_place
 
 Path = tuple[str, ...]
@@ -71,6 +72,7 @@ def facts_of(side: Side, other: Side) -> Facts:
             facts |= _as_receipts_say(facts)
     if both_ran:
         facts.update(_run_facts(side.receipt or {}))
+        facts.update(_environment_facts(side, other))
     else:
         source = side.plan if side.plan is not None else side.receipt or {}
         facts.update({("patches", name): "planned" for name in _patch_states(source)})
@@ -117,6 +119,18 @@ def _run_facts(receipt: Mapping[str, Any]) -> Facts:
         facts.pop(source, None)
     facts.update({("patches", name): state for name, state in _patch_states(receipt).items()})
     return facts
+
+
+def _environment_facts(side: Side, other: Side) -> Facts:
+    """What a plan leaves to the machine that it runs on; what either plan says is compared there.
+
+    Receipts of earlier runs say nothing of it, and then nothing is compared.
+    """
+    found = [(lone.receipt or {}).get("environment") for lone in (side, other)]
+    mine, planned = found[0], {name for lone in (side, other) for name in value_at(lone.plan, ["env"]) or ()}
+    if not isinstance(mine, Mapping) or not isinstance(found[1], Mapping):
+        return {}
+    return {("environment", name): value for name, value in computing_environment(mine).items() if name not in planned}
 
 
 def _patch_states(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.env_guard import computing_environment
 from megacpp_stp.plan.facts import Side, value_at
 from megacpp_stp.runs.files import METRICS, PLAN, RECEIPT, read_json, shown
 from megacpp_stp.runs.gate import DORMANT, Gate, gate_of
@@ -76,6 +77,15 @@ class RecordedRun:
     def codes(self) -> tuple[Any, ...]:
         """Hashes of the code of megacpp-stp, likewise; None where a receipt does not say."""
         return self._of_all_attempts("code", "sha256")
+
+    @cached_property
+    def environments(self) -> tuple[Any, ...]:
+        """What of the machine's environment changes what is computed, likewise; receipts of earlier runs do not say."""
+        said = [each for each in self._of_all_attempts("environment") if isinstance(each, dict)]
+        found: list[Any] = []
+        for each in map(computing_environment, said):
+            found += [each] if each not in found else []
+        return tuple(found)
 
     def _of_all_attempts(self, *path: str) -> tuple[Any, ...]:
         found = [value_at(self.receipt, path)]

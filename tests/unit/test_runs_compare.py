@@ -261,6 +261,31 @@ def test_other_code_of_ours_is_unlike(tmp_path):
     compare(a, make_run(tmp_path / "same", code={**CODE, "commit": None, "modified": None}))
 
 
+def with_environment(run, **variables):
+    receipt = read_json(run / "receipt.json")
+    write_json(run / "receipt.json", {**receipt, "environment": {"CUDA_VISIBLE_DEVICES": str(run)[-1], **variables}})
+    return run
+
+
+def test_what_a_plan_leaves_to_the_machine_is_compared(tmp_path):
+    """`launch.environment: {NAME: null}` in both plans: they are equal, and the runs are not."""
+    left = "launch.environment.OMP_NUM_THREADS=null"
+    one = with_environment(make_run(tmp_path / "a", WITHOUT, left), OMP_NUM_THREADS="1")
+    two = with_environment(make_run(tmp_path / "b", left), OMP_NUM_THREADS="2")
+    assert "unlike in substrate (environment.OMP_NUM_THREADS)" in refused("compare", one, two).problem
+    found = compare(one, two, "--allow-unlike")
+    assert found["title"].startswith("UNLIKE RUNS (substrate)")
+    same = with_environment(make_run(tmp_path / "c", left), OMP_NUM_THREADS="1", NCCL_SOCKET_IFNAME="eth7")
+    assert compare(one, same)["pairs"][0]["controlled"]
+    assert compare(one, make_run(tmp_path / "d", left))["pairs"][0]["controlled"]  # an earlier one, which does not say
+    # A plan that sets it is compared as a plan.
+    planned = with_environment(make_run(tmp_path / "e"), OMP_NUM_THREADS="1")
+    assert "unlike in substrate (env.OMP_NUM_THREADS)" in refused("compare", one, planned).problem
+    (same / "attempt-0").mkdir()
+    write_json(same / "attempt-0" / "receipt.json", {"environment": {"OMP_NUM_THREADS": "2"}})
+    assert "c changed its environment on the way" in refused("compare", one, same).problem
+
+
 @pytest.mark.parametrize("part", ["substrate", "code", "data"])
 def test_what_neither_run_says_is_not_alike(tmp_path, part):
     a, b = make_run(tmp_path / "a", WITHOUT, **{part: None}), make_run(tmp_path / "b", **{part: None})
