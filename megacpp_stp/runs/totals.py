@@ -9,16 +9,19 @@ from datetime import datetime
 from typing import Any
 
 PEAK_FLOPS: Mapping[str, float] = {
+    "H200 NVL": 835.5e12,  # on a PCIe board, with less power
     "H200": 989.5e12,
     "H100 80GB HBM3": 989.5e12,
     "A100": 312e12,
 }
-"""Dense bf16 FLOP/s of a GPU whose name has the key (NVIDIA's data sheets, without sparsity)."""
+"""Dense bf16 FLOP/s of a GPU whose name has the key, the first that it has (NVIDIA's data sheets, without sparsity)."""
 
 
 def peak_flops(gpu: str | None) -> float | None:
-    """Dense bf16 FLOP/s of a device, by the name that CUDA gives it; None for a CPU and for one not listed."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if gpu is not None and name in gpu), None)
+    """Dense bf16 FLOP/s of a device, by the name that CUDA gives it; None for a CPU, a part of a GPU, one not listed."""
+    if gpu is None or " MIG " in gpu:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,14 @@ def test_no_known_peak_is_no_mfu():
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA H200", 989.5e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA H100 PCIe", None), (None, None)],
+    [
+        ("NVIDIA H200", 989.5e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", None),
+        (None, None),
+    ],
 )
 def test_peak_by_name(name, peak):
     assert peak_flops(name) == peak
