@@ -22,7 +22,8 @@ from megacpp_stp.runs.report_curves import window_words
 from megacpp_stp.runs.report_files import plots_of
 from megacpp_stp.runs.report_ink import Plot, require_matplotlib
 from megacpp_stp.runs.report_page import document, figure_element, foot, sections, table_element
-from megacpp_stp.runs.report_tables import NONE, Table, minus, number, signed
+from megacpp_stp.runs.report_tables import Table, minus, number, signed
+from megacpp_stp.runs.what_ran import NONE
 
 _MOST_NAMED = 12
 _MINUS = "\N{MINUS SIGN}"

@@ -28,7 +28,7 @@ def show_command(
     from megacpp_stp.cli.runs_tables import print_folder, print_invalid
     from megacpp_stp.runs.folder import is_run, list_folder
     from megacpp_stp.runs.invalid import invalid_reason
-    from megacpp_stp.runs.summary import print_summary, summarise
+    from megacpp_stp.runs.summary import print_summary, print_what_ran, summarise
 
     if run.is_dir() and not is_run(run):
         found = list_folder(run)
@@ -41,7 +41,9 @@ def show_command(
     elif format is Form.JSON:
         print_json({**summarise(run), "invalid": None})
     else:
-        print_summary(run, console())
+        out = console()
+        print_what_ran(run, out)
+        print_summary(run, out)
 
 
 @app.command("compare")

@@ -17,13 +17,13 @@ from megacpp_stp.runs.report_ink import ARM_COLOURS, Plot, svg
 from megacpp_stp.runs.report_style import style_sheet
 from megacpp_stp.runs.report_tables import (
     Table,
-    cell,
     differences_table,
     facts_table,
     minus,
     runs_table,
     signed,
 )
+from megacpp_stp.runs.what_ran import cell
 
 # Even a page that somebody has edited fetches nothing and runs nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

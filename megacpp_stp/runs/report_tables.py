@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,18 +9,15 @@ from typing import Any
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.diff import GROUPS
-from megacpp_stp.plan.facts import value_at
 from megacpp_stp.runs.compare import Point, RunResult
 from megacpp_stp.runs.files import EXIT, read_json, shown
 from megacpp_stp.runs.likeness import likeness
 from megacpp_stp.runs.opening import require_regular
 from megacpp_stp.runs.recorded import RecordedRun
 from megacpp_stp.runs.report import WORDS, Report, values_of
+from megacpp_stp.runs.what_ran import NONE, cell, what_ran
 
-NONE = "\N{EN DASH}"
 _GIB = 2**30
-_LONGEST = 160
-_SIZES = {"tensor": "TP", "pipeline": "PP", "virtual": "VPP", "context": "CP", "expert": "EP", "data_parallel": "DP"}
 _SPEEDS = {"tflops_per_gpu": "TFLOP/s a GPU", "mfu": "MFU", "goodput": "goodput"}
 _Row = tuple[str, ...]
 
@@ -136,59 +132,14 @@ def _sides(found: Mapping[int, tuple[Any, Any]], mine: Any, count: int) -> Itera
 
 def facts_table(report: Report) -> Table:
     """What ran: a column for each arm, by its first run."""
-    by_arm = [_facts(arm.runs[0]) for arm in report.arms]
+    firsts = [arm.runs[0] for arm in report.arms]
+    by_arm = [what_ran(run.receipt, run.side.plan) for run in firsts]
     rows = tuple((name, *(facts[name] for facts in by_arm)) for name in by_arm[0])
     return Table(columns=_arm_columns(report), numbers=frozenset(), groups=(("", rows),))
 
 
 def _arm_columns(report: Report) -> _Row:
     return ("", *(f"{arm.letter} {arm.runs[0].name}" for arm in report.arms))
-
-
-def _facts(run: RecordedRun) -> dict[str, str]:
-    receipt = run.receipt
-
-    def at(*path: str) -> Any:
-        return value_at(receipt, path)
-
-    def many(value: Any) -> str:
-        return f"{value:,}" if type(value) is int and abs(value) < 2**63 else cell(value)
-
-    sizes = [f"{short}{cell(at('topology', name))}" for name, short in _SIZES.items() if at("topology", name) != 1]
-    packages = at("substrate", "packages")
-    versions = packages.items() if isinstance(packages, Mapping) else ()
-    recipe = value_at(run.side.plan, ["recipe", "training"])
-    batch = [value_at(recipe, [name]) for name in ("global_batch_size", "sequence_length")]
-    return {
-        "recipe": cell(at("recipe", "name")),
-        "pattern": cell(at("pattern", "source")),
-        "parameters": many(at("parameters", "total")),
-        "layout": f"{cell(at('topology', 'world_size'))} ranks: {' '.join(sizes) or 'all sizes 1'}",
-        "batch": " x ".join(map(cell, batch)) + " tokens",
-        "iterations planned": many(at("iterations_planned")),
-        "hardware": cell(_inline(at("substrate", "hardware"))),
-        "software": cell(", ".join(f"{name} {version}" for name, version in versions)),
-        "Python, megacpp-stp": f"{cell(at('substrate', 'python'))}, {cell(at('substrate', 'megacpp_stp'))}",
-        "training data": f"{many(at('data', 'splits', 'train', 'tokens'))} tokens, "
-        f"sha256 {cell(at('data', 'splits', 'train', 'bin_sha256'))[:12]}",
-        "tokenizer": f"{many(at('data', 'tokenizer', 'vocab_size'))} tokens, "
-        f"sha256 {cell(at('data', 'tokenizer', 'sha256'))[:12]}",
-        "plan digest": shown(run.side.digest)[:12],
-    }
-
-
-def _inline(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return ", ".join(f"{name} {item if isinstance(item, str) else json.dumps(item)}" for name, item in value.items())
-
-
-def cell(value: Any) -> str:
-    """Any value of a file, printable and not too long."""
-    if value is None:
-        return NONE
-    text = shown(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def number(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megacpp_stp.runs.files import METRICS, shown, shown_lines
+from megacpp_stp.errors import UserError
+from megacpp_stp.runs.files import METRICS, PLAN, RECEIPT, shown, shown_lines
 from megacpp_stp.runs.metrics import Record, mean_of, read_metrics
+from megacpp_stp.runs.opening import require_regular
 from megacpp_stp.runs.receipt import read_receipt
+from megacpp_stp.runs.sides import read_side
+from megacpp_stp.runs.what_ran import what_ran
 
-_WINDOW = 10  # iterations that stand for "first" and "last" of a phase
+_WINDOW = 10  # iterations at most that stand for "first" and "last" of a phase
 _ROWS: tuple[tuple[str, str, str], ...] = (
     ("lm loss (nats a token)", "lm_loss", "{:.3f}"),
     ("lm loss (bits a byte)", "bits_per_byte", "{:.3f}"),
@@ -56,7 +61,7 @@ def summarise(directory: Path) -> dict[str, Any]:
 
 
 def _phase(records: Sequence[Record]) -> dict[str, Any]:
-    window = min(_WINDOW, len(records))
+    window = min(_WINDOW, max(len(records) // 2, 1))
     return {
         "iterations": [records[0]["iteration"], records[-1]["iteration"]],
         "window": window,
@@ -78,15 +83,15 @@ def print_summary(directory: Path, console: Console) -> None:
     table.add_column("")
     for name, phase in facts["phases"].items():
         first, last = phase["iterations"]
-        table.add_column(f"{name}\niterations {first}-{last}", justify="right")
+        means = f"mean of {phase['window']} -> of {phase['window']}"
+        table.add_column(f"{name}\niterations {first}-{last}\n{means}", justify="right")
     for label, key, form in _ROWS:
         cells = [_cell(phase[key], form) for phase in facts["phases"].values()]
         if any(cell != "-" for cell in cells):
             table.add_row(label, *cells)
     console.print(table)
-    window = max((phase["window"] for phase in facts["phases"].values()), default=0)
-    if window:
-        console.print(f"a -> b: mean of the first and of the last {window} iterations", markup=False)
+    if facts["phases"]:
+        console.print("a -> b: mean of the first and of the last iterations, at most half of them each", markup=False)
     for record in facts["validation"]:
         console.print(
             f"validation after iteration {record['iteration']}: {record['lm_loss']:.3f} nats a token, "
@@ -101,6 +106,22 @@ def print_summary(directory: Path, console: Console) -> None:
         stages = " + ".join(f"{count:,}" for count in facts["parameters"]["by_pipeline_rank"])
         console.print(f"parameters: {facts['parameters']['total']:,} ({stages} by pipeline rank)", markup=False)
     console.print(Text(f"run directory: {directory}"))
+
+
+def print_what_ran(directory: Path, console: Console) -> None:
+    """Print what the receipt says of a run: spec, pattern, patches, auxiliary losses, substrate, data.
+
+    Raises:
+        UserError: Not a readable run directory.
+    """
+    receipt, plan = read_receipt(directory), None
+    with suppress(UserError):  # without it less can be said
+        require_regular(directory / PLAN)
+        plan = read_side(str(directory), directory / RECEIPT).plan
+    table = Table(title="what ran", title_justify="left", show_header=False)
+    for name, text in what_ran(receipt, plan).items():
+        table.add_row(Text(name), Text(text))
+    console.print(table)
 
 
 def _cell(value: Any, form: str) -> str:

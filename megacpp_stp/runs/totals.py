@@ -18,7 +18,7 @@ PEAK_FLOPS: Mapping[str, float] = {
 
 
 def peak_flops(gpu: str | None) -> float | None:
-    """Dense bf16 FLOP/s of a device, by the name that CUDA gives it; None for a CPU, a part of a GPU, one not listed."""
+    """Dense bf16 FLOP/s of a device, by CUDA's name for it; None for a CPU, a part of a GPU, one not listed."""
     if gpu is None or " MIG " in gpu:
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)

@@ -16,6 +16,7 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.runs.files import read_json, write_json
 from megacpp_stp.runs.invalid import invalidate
 from megacpp_stp.runs.lock import launcher_lock
+from megacpp_stp.runs.watch import clock
 from tests.unit.made_matrix import CONTENT, leave, planned
 from tests.unit.made_runs import CODE, make_run
 

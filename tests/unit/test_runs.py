@@ -13,6 +13,7 @@ from megacpp_stp.runs.files import create_run_directory, read_json, write_json
 from megacpp_stp.runs.metrics import MetricsWriter, read_metrics
 from megacpp_stp.runs.receipt import Receipt, plan_facts, without_places
 from megacpp_stp.runs.summary import print_summary, summarise
+from tests.unit.made_runs import answer
 
 
 @pytest.fixture
@@ -94,6 +95,53 @@ def test_a_run_without_an_iteration_can_be_shown(run):
     (run / "metrics.jsonl").unlink()
     assert summarise(run)["phases"] == {}
     print_summary(run, Console())
+
+
+def test_first_and_last_do_not_overlap(run):
+    """Ten iterations whose first ten are their last ten would show no change, whatever happened."""
+    with open(run / "metrics.jsonl", "w") as handle:
+        for i in range(1, 35):
+            handle.write(json.dumps({"iteration": i, "lm_loss": 100.0 - i, "stp_active": i > 10}) + "\n")
+    before, after = (summarise(run)["phases"][f"{side} the gate"] for side in ("before", "after"))
+    assert (before["window"], before["lm_loss"]) == (5, {"first": 97.0, "last": 92.0})
+    assert (after["window"], after["lm_loss"]) == (10, {"first": 100 - 15.5, "last": 100 - 29.5})
+
+
+def test_a_run_in_detail_answers_what_ran(run):
+    """The four questions of a receipt, for somebody who has only this command."""
+    receipt = read_json(run / "receipt.json")
+    found = {
+        "collected": {"taps": [6, 12], "auxiliary": {"load_balancing_loss": [0, 1]}},
+        "patches": [{"id": "dsa-memory", "state": "active"}],
+        "code": {"commit": "b" * 40, "sha256": "c" * 64, "modified": True},
+        "substrate": {"hardware": {"device": "cpu"}, "python": "3.12.1", "packages": {"torch": "2.15.0"}},
+    }
+    write_json(run / "receipt.json", {**receipt, **found})
+    text = answer("show", run)
+    for words in (
+        "nam_torch_stack_spec of megacpp_stp.model.specs, backend torch",
+        "AEMEAEMEAEMR",
+        "+EMEDEME|DEMM",
+        "dsa-memory active",
+        "weight 0.02 from iteration 151, 4 spans a sequence",
+        "asked for 6, 12; fed 6, 12",
+        "asked for dsa_indexer 0.001, moe_load_balancing 0.0001; not 0 at the start: load_balancing_loss",
+        f"commit {'b' * 12} and changes, sha256 {'c' * 12}",
+        "training 1234, STP 1234",
+        "torch 2.15.0",
+        "before the gate",
+    ):
+        assert words in text, words
+    strange = {
+        "patches": {"x": 1},
+        "collected": [],
+        "auxiliary_losses": 7,
+        "pattern": "x",
+        "seeds": None,
+        "code": "\x1b[2J",
+    }
+    write_json(run / "receipt.json", {**receipt, **strange})
+    assert "(cannot be read)" in (text := answer("show", run)) and "\x1b[2J" not in text
 
 
 def test_a_foreign_receipt_cannot_dress_up_the_terminal(run, capsys):

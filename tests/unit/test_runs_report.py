@@ -15,7 +15,8 @@ from megacpp_stp.runs.report_curves import difference_plot, loss_plot, machine_p
 from megacpp_stp.runs.report_depth import depth_plot, depths_of
 from megacpp_stp.runs.report_files import write_report
 from megacpp_stp.runs.report_series import MOST_POINTS, bin_size, thin
-from megacpp_stp.runs.report_tables import NONE, differences_table, facts_table, runs_table
+from megacpp_stp.runs.report_tables import differences_table, facts_table, runs_table
+from megacpp_stp.runs.what_ran import NONE
 from megacpp_stp.runs.window import parse_window
 from tests.unit.made_runs import GATE, ITERATIONS, SUBSTRATE, answer, loss_of, make_run, noise, refused
 
