@@ -48,8 +48,9 @@ class RecordedRun:
 
     @property
     def seed(self) -> int | None:
-        """Of the training; None when the receipt does not say."""
-        seed = value_at(self.receipt, ["seeds", "training"])
+        """Of the training: by the plan, whose digest holds it, else by the receipt; None when neither says."""
+        plan = self.side.plan
+        seed = value_at(plan, ["recipe", "training", "seed"]) if plan else value_at(self.receipt, ["seeds", "training"])
         return seed if type(seed) is int else None
 
     @property
@@ -204,12 +205,21 @@ def _check_end(records: Sequence[Record], receipt: Mapping[str, Any], *, path: P
     Raises:
         UserError: With both ends.
     """
-    done, last = receipt.get("iterations_done"), records[-1]["iteration"] if records else 0
-    if receipt.get("status") == "complete" and done != last:
+    if receipt.get("status") != "complete":
+        return
+    done, last = receipt.get("iterations_done"), records[-1]
+    if done != last["iteration"]:
         raise UserError(
-            f"ends with iteration {last}, and the receipt of the complete run says {done}",
+            f"ends with iteration {last['iteration']}, and the receipt of the complete run says {done}",
             field=shown(path),
             fix="the file was cut; use another run",
+        )
+    loss = value_at(receipt, ["last", "lm_loss"])
+    if loss is not None and loss != last.get("lm_loss"):
+        raise UserError(
+            f"ends with lm_loss {last.get('lm_loss')}, and the receipt says {shown(loss)}",
+            field=shown(path),
+            fix="the records are of another run than the receipt; use another run",
         )
 
 

@@ -345,6 +345,11 @@ def test_a_receipt_that_the_records_contradict_is_refused(pair):
     path.write_text(text.replace("stp_active", "x"))
     assert "says stp_active None in iteration 1" in refused("compare", *pair).problem
     (pair[0] / "metrics.jsonl").write_text(text)
+    assert (
+        "ends with lm_loss 2.15" in (problem := refused("compare", *pair).problem)
+        and "and the receipt says 2.65" in problem
+    )
+    write_json(pair[0] / "receipt.json", {**read_json(pair[0] / "receipt.json"), "last": None})  # which does not say
     assert "says stp_weight 0 in iteration 1, where the receipt's schedule says nothing" in (
         refused("compare", *pair).problem
     )

@@ -1,6 +1,7 @@
 """`megacpp-stp runs compare` over seeds: which runs are one arm, how they are paired, what their interval is over."""
 
 import math
+from functools import partial
 
 import pytest
 
@@ -63,6 +64,18 @@ def test_one_seed_that_ran_elsewhere_or_changed_spoils_its_arm(tmp_path, number)
     elsewhere = {**receipt, "substrate": {"hardware": {"device": "cuda"}}}
     write_json(other[number] / "attempt-1" / "receipt.json", elsewhere)
     assert f"{other[number].name} changed it on the way" in refused("compare", *base, *other).problem
+
+
+def test_partners_are_found_by_the_seed_that_ran(tmp_path):
+    """A plan is held by its digest; what a receipt repeats of it may have been edited."""
+    for seed in (1, 2):
+        loss = partial(loss_of, seed=seed)
+        make_run(tmp_path / f"a{seed}", WITHOUT, f"training.seed={seed}", loss=loss)
+        run = make_run(tmp_path / f"b{seed}", f"training.seed={seed}", loss=loss)
+        receipt = read_json(run / "receipt.json")
+        write_json(run / "receipt.json", {**receipt, "seeds": {"training": 3 - seed, "stp": 1}})
+    (pair,) = compare(*(tmp_path / name for name in ("a1", "a2", "b1", "b2")))["pairs"]
+    assert (pair["seeds"], pair["by_seed"]) == ([1, 2], [0.0, 0.0])
 
 
 def test_two_seeds_are_averaged_and_the_rest_is_said(tmp_path):
