@@ -185,6 +185,8 @@ def _line(
 
 def _evaluations(axes: Axes, report: Report, run: RecordedRun, *, colour: str, first: int, last: int) -> None:
     points = _inside(report.evaluations[run], first, last)
+    if not points:  # without a point and not clipped it would reach to the figure's corner, and take the curves' room
+        return
     style = {"marker": "o", "markersize": 4.5, "markeredgewidth": 1.3, "markerfacecolor": LIGHT["paper"]}
     axes.plot(list(points), list(points.values()), linestyle="none", color=colour, zorder=4, clip_on=False, **style)
 

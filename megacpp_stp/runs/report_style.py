@@ -11,7 +11,7 @@ body {
   margin: 0; background: var(--paper); color: var(--ink);
   font: 400 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
 }
-main, header, footer { max-width: 72rem; margin: 0 auto; padding: 0 clamp(1rem, 4vw, 2.5rem); }
+main, header, footer { max-width: 76rem; margin: 0 auto; padding: 0 clamp(1rem, 4vw, 2.5rem); }
 header { padding-top: 2.5rem; }
 h1 { font-size: clamp(1.35rem, 1rem + 1.6vw, 1.9rem); line-height: 1.2; margin: 0 0 .5rem; text-wrap: balance; }
 h2 { font-size: 1.15rem; line-height: 1.3; margin: 2.75rem 0 .6rem; }
@@ -36,7 +36,7 @@ h1.loud { display: inline-block; background: var(--loud); color: #fff; padding: 
 ul { margin: .75rem 0; padding-left: 1.1rem; max-width: 46rem; font-size: .9rem; color: var(--soft); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .3rem; }
 table { border-collapse: collapse; width: 100%; font-size: .84rem; line-height: 1.4; }
-th, td { text-align: left; vertical-align: top; padding: .45rem .7rem; border-bottom: 1px solid var(--line); }
+th, td { text-align: left; vertical-align: top; padding: .45rem .5rem; border-bottom: 1px solid var(--line); }
 tr:last-child > td, tbody:last-child > tr:last-child > th { border-bottom: 0; }
 thead th { font-weight: 600; color: var(--soft); vertical-align: bottom; overflow-wrap: break-word; max-width: 20rem; }
 thead th, tbody th.group { background: var(--shade); }

@@ -218,6 +218,21 @@ def test_what_is_no_stp_loss_is_refused(pair, value):
         depths_of(build_report(pair))
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("evaluated", [{}, {5: 4.0}])
+def test_curves_keep_their_room_where_nothing_was_evaluated(tmp_path, evaluated, narrow):
+    """A run that was killed before its first evaluation, or a window without one."""
+    runs = [
+        make_run(tmp_path / name, *settings, validation=evaluated)
+        for name, settings in (("a", ["stp=null"]), ("b", []))
+    ]
+    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+    loss_plot(build_report(runs)).draw(figure, narrow)
+    figure.draw_without_rendering()
+    widths = [axes.get_position().width for axes in figure.axes]
+    assert min(widths) > (0.8 if narrow else 0.25)
+
+
 @pytest.mark.parametrize("name", ["lm_loss", "tokens_per_s", "peak_memory_bytes"])
 def test_what_cannot_be_drawn_is_refused(pair, name):
     edit_records(pair[1], lambda record: record.update({name: 1e30} if record["iteration"] < ITERATIONS else {}))
