@@ -61,7 +61,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
                 raise of_cell(error, task.run.cell) from None
 
 
-def run_tasks(tasks: Sequence[Task], *, say: Say) -> Ended:
+def run_tasks(tasks: Sequence[Task], *, say: Say, after_each: Callable[[], None]) -> Ended:
     """Run what is open, in order.
 
     A signal stops the matrix, with the run that it ended marked incomplete. So does a run that ends before its first
@@ -70,6 +70,7 @@ def run_tasks(tasks: Sequence[Task], *, say: Say) -> Ended:
     Args:
         tasks: From `list_tasks`, checked by `check_tasks`.
         say: Takes a line on how it goes.
+        after_each: Called when a run has ended.
 
     Raises:
         UserError: What a launch refuses, with the run; or the code was changed meanwhile.
@@ -86,6 +87,7 @@ def run_tasks(tasks: Sequence[Task], *, say: Say) -> Ended:
             ended.stopped = INTERRUPTED
             return ended
         seconds.append(time.monotonic() - before)
+        after_each()
         say(f"[{done}/{len(waiting)}] {task.run.name}: {_ending(task, status, seconds, left=len(waiting) - done)}")
         if status:
             ended.failed.append(task.run.name)

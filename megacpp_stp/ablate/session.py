@@ -63,15 +63,19 @@ def run_matrix(
         return _outcome(matrix, planned, Ended(stopped=INTERRUPTED), directory=directory, write=False)
     if not directory.exists():
         create_run_directory(directory)
-    with launcher_lock(directory):
+
+    def record() -> None:
         write_record(as_dict(matrix, planned, None, directory=directory), directory)
+
+    with launcher_lock(directory):
+        record()
         if any(task.is_open for task in tasks):
             # A page of an earlier start would claim for hours what is no longer so.
             renew_page(matrix, *_judged(matrix, planned), directory=directory)
         for name in strangers(planned, directory=directory):
             say(f"{name} is of no cell of this matrix: left out")
         try:
-            ended = run_tasks(tasks, say=say)
+            ended = run_tasks(tasks, say=say, after_each=record)
         except UserError:
             _outcome(matrix, planned, Ended(stopped=_MISTAKE), directory=directory, write=True)
             raise

@@ -180,7 +180,7 @@ def test_seeds_that_are_added_come_onto_the_page(started, tmp_path, monkeypatch)
     matrix, runs = planned(tmp_path, **TWO, seeds=[1, 2, 3, 4])
     told = []
 
-    def run_tasks(tasks, *, say):
+    def run_tasks(tasks, *, say, after_each):
         told.append(Page(started.file.read_text()).words)
         for task in tasks:
             if task.is_open:

@@ -92,6 +92,21 @@ def test_a_new_matrix_runs_all_and_says_what_it_found(matrix, made):
     assert any("3 left, about 0:00 at the speed so far" in line for line in lines)
 
 
+def test_the_record_says_what_is_complete_so_far(matrix, made, monkeypatch):
+    """A matrix takes hours, and may be killed in any of them."""
+    found, launch_of = [], execute.launch_of
+
+    def looked(task):
+        if task.run.directory != matrix.runs[0].directory:
+            found.append([row["status"] for row in read_json(matrix.place / "ablation.json")["runs"]])
+        return launch_of(task)
+
+    monkeypatch.setattr(session, "check_tasks", lambda _: None)
+    monkeypatch.setattr(execute, "launch_of", looked)
+    run_all(matrix)
+    assert found == [["complete"] * done + ["not run"] * (4 - done) for done in (1, 2, 3)]
+
+
 def test_a_complete_matrix_has_nothing_left_to_do(matrix, made):
     first, _ = run_all(matrix)
     files = {path: path.read_bytes() for path in matrix.place.rglob("*") if path.is_file()}
@@ -370,4 +385,4 @@ def test_a_matrix_is_run_through_the_products_own_launch(matrix):
     assert launch.plan.digest == matrix.runs[1].plan.digest
     assert launch.run_dir == matrix.place / "spans=3" / "1" and launch.from_iteration is None
     assert os.fspath(launch.run_dir) in launch.shell()
-    assert run_tasks([], say=print).status == 0
+    assert run_tasks([], say=print, after_each=print).status == 0
