@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megacpp_stp.ablate.cell_runs import shown_cells
-from megacpp_stp.ablate.contrast import Contrast
+from megacpp_stp.ablate.contrast import NO_VERDICT, Contrast
 from megacpp_stp.ablate.verdict import Verdict
 from megacpp_stp.ablate.words import difference_words, interval_words, verdict_words
 from megacpp_stp.runs.bootstrap import CONFIDENCE, Interval
@@ -18,7 +18,8 @@ from megacpp_stp.runs.report_ink import LIGHT, Axes, Figure, Plot, colour_of, la
 _ROW = 0.44  # inches that a row takes
 _FRAME = 0.75  # inches for title and axis
 _LARGEST = 1e18
-_LONGEST = 60  # letters over a row
+_LONGEST = 100  # letters over a row
+_LONGEST_NARROW = 60
 _BARS = (
     f"The dot is the mean, strokes are single seeds, the bar is the {CONFIDENCE:.0%} interval: broad over seeds, "
     "narrow over iterations of the seeds that are there."
@@ -43,15 +44,17 @@ def effects_plot(verdict: Verdict) -> Plot | None:
         found = effect.contrast
         if found.difference is not None:
             name = f"{effect.factor}: {effect.level} against {effect.against}"
-            rows.append(_row(f"{name}, {verdict_words(found)}", found, colour=colour_of(1)))
+            short = found.verdict if found.verdict != NO_VERDICT else f"{found.within}, {NO_VERDICT}"
+            rows.append(_row(f"{name}: {short}", found, colour=colour_of(1)))
             said.append(f"{name} {_words(found)}")
     if not rows or not _fits(rows):
         return None
     unit = UNITS[verdict.metric]
+    title = f"{WORDS[verdict.metric]}, level \N{MINUS SIGN} baseline's, {unit}"
 
     def draw(figure: Figure, narrow: bool) -> None:
         figure.set_size_inches(NARROW if narrow else WIDE, _FRAME + _ROW * len(rows))
-        _panel(figure.subplots(), rows, title=f"{WORDS[verdict.metric]}, level \N{MINUS SIGN} baseline's, {unit}")
+        _panel(figure.subplots(), rows, title=title, longest=_LONGEST_NARROW if narrow else _LONGEST)
 
     return Plot(
         name="effects",
@@ -125,6 +128,7 @@ def _panel(
     zero: bool = True,
     marked: Sequence[bool] | None = None,
     named: bool = True,
+    longest: int = _LONGEST_NARROW,
 ) -> None:
     """Rows from the top down.
 
@@ -135,6 +139,7 @@ def _panel(
         zero: Whether 0 is a line of its own.
         marked: Which rows have marks; None for all.
         named: Whether each has its name above it.
+        longest: Letters of a name that there is room for.
     """
     axes.set_ylim(len(rows) - 0.6, -0.75)
     axes.set_yticks([])
@@ -146,7 +151,7 @@ def _panel(
     spread = [0.0] if zero else []
     for place, row in enumerate(rows):
         if named:
-            text = label(row.name, longest=_LONGEST)
+            text = label(row.name, longest=longest)
             paper = {"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.8}  # over the lines
             axes.text(0, place - 0.42, text, transform=axes.get_yaxis_transform(), size=8, va="center", bbox=paper)
         if marked is not None and not marked[place]:

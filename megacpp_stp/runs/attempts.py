@@ -69,6 +69,7 @@ def find_continuation(directory: Path, plan: Mapping[str, Any], *, may_change: b
     if nothing_has_run(directory):
         return 0
     receipt = read_receipt(directory)
+    _require_own(directory / METRICS)
     for saved in (planned, plan):
         if saved["recipe"]["training"]["checkpoint"] is None:
             raise UserError(
@@ -125,6 +126,16 @@ def rewind(directory: Path, plan: Mapping[str, Any], *, iteration: int) -> None:
         validation=_until(receipt.validation, iteration, interval=interval),
         **facts,
     )
+
+
+def _require_own(path: Path) -> None:
+    """Refuse to cut, and to go on with, a file that lies elsewhere.
+
+    Raises:
+        UserError: It is a link.
+    """
+    if path.is_symlink():
+        raise UserError("is a link: what it leads to would be cut", field=str(path), fix="put the file itself there")
 
 
 def _last_iteration(directory: Path) -> int:

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from megacpp_stp.ablate import code, page, session
+from megacpp_stp.ablate.figure import effects_plot
 from megacpp_stp.ablate.own_page import MARK, put_page
 from megacpp_stp.ablate.record import write_page
 from megacpp_stp.ablate.session import run_matrix
 from megacpp_stp.ablate.state import list_tasks
-from megacpp_stp.ablate.verdict import complete_runs, judge_runs
+from megacpp_stp.ablate.verdict import complete_runs, judge_matrix, judge_runs
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.invalid import invalidate
 from tests.unit.made_matrix import CONTENT, leave, planned
@@ -130,6 +131,17 @@ def test_damaged_values_leave_the_verdict_on_the_page(tmp_path, no_figures):
     """What cannot be drawn must not leave an older page in its place."""
     words = Page(made(tmp_path, change=lambda run: {"speed": 1e20}, **TWO).text).words
     assert "spans: 3 against 1" in words and "Nothing more of the runs: tokens_per_s 1e+20 of iteration 1" in words
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_figure_says_that_few_seeds_are_no_verdict(tmp_path, narrow):
+    """Cut off at the end of the row it would say "lower" alone."""
+    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+    matrix, runs = planned(tmp_path, **TWO, seeds=[1, 2])
+    for run in runs:
+        leave(run, better=0.1 * (run.cell == "spans=3"))
+    effects_plot(judge_matrix(matrix, runs)).draw(figure, narrow)
+    assert "spans: 3 against 1: lower, no verdict over seeds" in [text.get_text() for text in figure.axes[0].texts]
 
 
 def test_what_no_axis_holds_is_not_drawn(tmp_path):

@@ -139,6 +139,14 @@ def test_damage_in_the_middle_is_refused(tmp_path):
     assert path.read_text() == lines(1) + "{\n" + lines(3)
 
 
+def test_records_that_lie_elsewhere_are_left_alone(run, tmp_path):
+    """Whoever made the directory could have any file of ours cut, and written into."""
+    path, other = run / "metrics.jsonl", tmp_path / "precious.txt"
+    os.rename(path, other)
+    path.symlink_to(other)
+    assert "is a link" in refused(run, plan_of()).problem
+
+
 def test_a_run_without_records_has_nothing_to_cut(tmp_path):
     cut_metrics(tmp_path / "metrics.jsonl", iteration=0, aside=tmp_path / "aside")
     assert not list(tmp_path.iterdir())
