@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def find_continuation(directory: Path, plan: Mapping[str, Any], *, may_change: b
     if nothing_has_run(directory):
         return 0
     receipt = read_receipt(directory)
+    _require_begun(receipt, directory / RECEIPT)
     _require_own(directory / METRICS)
     for saved in (planned, plan):
         if saved["recipe"]["training"]["checkpoint"] is None:
@@ -126,6 +128,23 @@ def rewind(directory: Path, plan: Mapping[str, Any], *, iteration: int) -> None:
         validation=_until(receipt.validation, iteration, interval=interval),
         **facts,
     )
+
+
+def _require_begun(receipt: Mapping[str, Any], path: Path) -> None:
+    """Refuse a receipt that does not say what each attempt adds to: ranks would fall over it one by one.
+
+    Raises:
+        UserError: With what it does not say.
+    """
+    try:
+        is_time = datetime.fromisoformat(receipt.get("started", "")).tzinfo is not None
+    except (TypeError, ValueError):
+        is_time = False
+    if not is_time or not receipt.get("attempts"):
+        name = "attempts" if is_time else "started"
+        raise UserError(
+            f"does not say {name} as a run writes it", field=str(path), fix="the file is damaged; start a new run"
+        )
 
 
 def _require_own(path: Path) -> None:

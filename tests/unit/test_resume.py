@@ -147,6 +147,16 @@ def test_records_that_lie_elsewhere_are_left_alone(run, tmp_path):
     assert "is a link" in refused(run, plan_of()).problem
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("started", None), ("started", "yesterday"), ("started", "2026-11-20"), ("attempts", [])]
+)
+def test_a_receipt_that_says_no_beginning_is_refused(run, name, value):
+    """Before anything starts: the ranks add to what it says."""
+    write_json(run / "receipt.json", {**read_receipt(run), name: value})
+    error = refused(run, plan_of())
+    assert f"does not say {name}" in error.problem and error.field.endswith("receipt.json")
+
+
 def test_a_run_without_records_has_nothing_to_cut(tmp_path):
     cut_metrics(tmp_path / "metrics.jsonl", iteration=0, aside=tmp_path / "aside")
     assert not list(tmp_path.iterdir())
