@@ -35,17 +35,17 @@ class Run:
     """One rank's recorder, with taps after layers 2, 5 and 7 and the gate open from the second iteration on."""
 
     def __init__(self):
-        self.done, self.emitted, self.finalized, self.reports = 0, [], 0, []
+        self.done, self.emitted, self.evaluated, self.finalized, self.reports = 0, [], [], 0, []
         config = StpConfig(weight=0.5, n_spans=4, start_step=1, taps=(2, 5, 7), seed=0)
         self.taps = StpTaps(config, iteration=lambda: self.done, data_rank=0)
         self.recorder = Recorder(
             device=CPU,
             iteration=lambda: self.done,
             tokens_per_iteration=8,
-            bits_per_byte=lambda split, nats: 2 * nats,
+            bits_per_byte=lambda split, nats: {"train": 2, "valid": 3}[split] * nats,
             peak_memory=lambda: 123,
             emit=self.emitted.append,
-            emit_validation=lambda record: None,
+            emit_validation=self.evaluated.append,
         )
         self.recorder.observe_stp(self.taps)
         self.optimizer = Optimizer()
@@ -121,6 +121,19 @@ def test_a_record_says_what_stp_measured_and_whether_it_was_active(run):
         assert record["stp_loss_by_tap"] == {"2": 1.0, "5": 0.0, "7": 0.5}
         assert record["stp_valid_fraction"] == 0.75
         assert (record["grad_norm"], record["learning_rate"], record["skipped"]) == (1.5, 0.25, False)
+
+
+def test_an_evaluation_is_measured_by_the_bytes_of_its_own_split(run):
+    run.recorder.begin_forward(training=False)
+    run.recorder.add_loss({"lm loss": torch.tensor([6.0, 4.0])}, training=False)
+    run.recorder.end_evaluation()
+    assert run.evaluated == [{"iteration": 0, "lm_loss": 1.5, "bits_per_byte": 4.5}]
+
+
+def test_a_step_that_the_optimizer_refused_is_skipped_and_has_no_norm(run, monkeypatch):
+    monkeypatch.setattr(Optimizer, "step", lambda self: (False, None, None))
+    run.iterate(layer_2=1.0, layer_5=0.0, layer_7=0.5)
+    assert (run.emitted[0]["skipped"], run.emitted[0]["grad_norm"]) == (True, None)
 
 
 def test_without_stp_the_record_has_no_word_of_it(run):

@@ -191,6 +191,19 @@ def test_a_journal_goes_on_where_it_was(going_on):
     assert receipt["iterations_done"] == 5
 
 
+def test_a_receipt_is_no_older_than_ten_seconds_of_iterations(going_on, monkeypatch):
+    """Whoever is killed leaves what was true a moment ago; and not each iteration waits for the disk."""
+    clock = [1000.0]
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: clock[0])
+    journal, said = Journal(going_on.directory, going_on.plan), []
+    for iteration, now in ((5, 1001.0), (6, 1005.0), (7, 1010.9), (8, 1011.0), (9, 1012.0)):
+        clock[0] = now
+        journal.record({"iteration": iteration, "lm_loss": 2.0, "tokens": 7})
+        receipt = read_receipt(going_on.directory)
+        said.append((receipt["iterations_done"], receipt["last"]["iteration"], receipt["totals"]["tokens"]))
+    assert said == [(5, 5, 7), (5, 5, 7), (5, 5, 7), (8, 8, 28), (8, 8, 28)]
+
+
 def test_one_that_ends_before_its_first_iteration_has_done_what_was_done_before(going_on):
     Journal(going_on.directory, going_on.plan).failed(RuntimeError("x"))
     assert read_receipt(going_on.directory)["iterations_done"] == 4

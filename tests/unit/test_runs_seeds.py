@@ -66,6 +66,15 @@ def test_one_seed_that_ran_elsewhere_or_changed_spoils_its_arm(tmp_path, number)
     assert f"{other[number].name} changed it on the way" in refused("compare", *base, *other).problem
 
 
+def test_one_seed_without_its_plan_is_an_arm_of_its_own(tmp_path):
+    """What is not known to be equal is not pooled, and not controlled."""
+    base, other = seeded(tmp_path, (1, 2), WITHOUT), seeded(tmp_path, (1, 2), better=0.2)
+    (other[1] / "plan.json").unlink()
+    found = compare(*base, *other)
+    assert found["title"].startswith("NOT CONTROLLED")
+    assert [(pair["seeds"], pair["controlled"]) for pair in found["pairs"]] == [([1], True), ([2], False)]
+
+
 def test_partners_are_found_by_the_seed_that_ran(tmp_path):
     """A plan is held by its digest; what a receipt repeats of it may have been edited."""
     for seed in (1, 2):
