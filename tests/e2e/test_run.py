@@ -127,7 +127,7 @@ def test_runs_show_prints_the_same_table_again(run, cli):
     assert shown.returncode == 0
     what_ran, table = shown.stdout.split("nam56r-tiny: complete")
     assert table.strip() in run[1].stdout
-    for words in ("AEMEAEMEAEMR", "dsa-memory active", "asked for 6, 12; fed 6, 12", "load_balancing_loss"):
+    for words in ("AEMEAEMEAEMR", "dataset-helpers active", "asked for 6, 12; fed 6, 12", "load_balancing_loss"):
         assert words in what_ran, words
     facts = json.loads(cli("runs", "show", str(run[0]), "--format", "json").stdout)
     assert facts["phases"]["before the gate"]["iterations"] == [1, 3]
