@@ -111,7 +111,7 @@ def _compare(a: RecordedRun, b: RecordedRun, window: Wanted | None) -> Equality:
         first_difference=found,
         iterations=len(records[0].keys() & records[1].keys()),
         names=tuple(names),
-        validations=len(validations[0]),
+        validations=sum(2 if _VALIDATED[-1] in entry else 1 for entry in validations[0].values()),
         weights=both_weights,
         not_compared=tuple(_not_compared(a, b, alone, no_weights=why_not)),
     )

@@ -97,6 +97,7 @@ def test_evaluations_and_final_weights_count(pair):
     (found,) = check(*pair)
     assert found["equal"]
     assert found["weights"]
+    assert found["validations"] == 2
     assert not any("weights" in line for line in found["not_compared"])
     (found,) = check(*pair, "--window", "1:")
     assert not found["weights"]
