@@ -81,12 +81,15 @@ class Report:
         return {run: values_of(run, self.metric) for run in self.runs}
 
     @cached_property
-    def evaluations(self) -> Mapping[RecordedRun, Mapping[int, float]]:
-        """The metric on the validation split by run and iteration."""
-        return {
-            run: _usable({record["iteration"]: record[self.metric] for record in run.validation}, run, self.metric)
-            for run in self.runs
-        }
+    def evaluations(self) -> Mapping[RecordedRun, Sequence[tuple[int, float]]]:
+        """Iteration and metric of each evaluation by run; the last iteration of a run may have two."""
+        found = {}
+        for run in self.runs:
+            points = tuple((record["iteration"], record[self.metric]) for record in run.validation)
+            for iteration, value in points:
+                _usable({iteration: value}, run, self.metric)
+            found[run] = points
+        return found
 
     @cached_property
     def last_iteration(self) -> int:

@@ -184,11 +184,11 @@ def _line(
 
 
 def _evaluations(axes: Axes, report: Report, run: RecordedRun, *, colour: str, first: int, last: int) -> None:
-    points = _inside(report.evaluations[run], first, last)
+    points = [(i, value) for i, value in report.evaluations[run] if first <= i <= last]
     if not points:  # without a point and not clipped it would reach to the figure's corner, and take the curves' room
         return
     style = {"marker": "o", "markersize": 4.5, "markeredgewidth": 1.3, "markerfacecolor": LIGHT["paper"]}
-    axes.plot(list(points), list(points.values()), linestyle="none", color=colour, zorder=4, clip_on=False, **style)
+    axes.plot(*zip(*points, strict=True), linestyle="none", color=colour, zorder=4, clip_on=False, **style)
 
 
 def _inside(values: Mapping[int, float], first: int, last: int) -> dict[int, float]:

@@ -105,9 +105,9 @@ def sections(report: Report, plots: Sequence[Plot]) -> Iterator[str]:
 
 def _verdict(report: Report, pair: PairResult, place: int) -> str:
     relative = "" if pair.relative is None else f" {minus(f'{pair.relative:+.2%}')}"
-    interval = "no interval"
+    said = escape(pair.verdict)
     if pair.interval is not None:
-        interval = f"{CONFIDENCE:.0%} interval {signed(pair.interval.low)} to {signed(pair.interval.high)}"
+        said += f"; {CONFIDENCE:.0%} interval {signed(pair.interval.low)} to {signed(pair.interval.high)}"
     seeds = zip(pair.seeds, pair.by_seed, strict=True)
     by_seed = ", ".join(f"{cell(seed)}:\N{NO-BREAK SPACE}{signed(value)}" for seed, value in seeds)
     each = f"<p>by seed: {escape(by_seed)}</p>" if len(pair.seeds) > 1 else ""
@@ -116,7 +116,7 @@ def _verdict(report: Report, pair: PairResult, place: int) -> str:
         f'<div class="verdict" style="--arm: {_colour(place)}">'
         f'<p class="what">{escape(names[pair.b])} against {escape(names[pair.a])}</p>'
         f'<p class="value">{signed(pair.difference)} <small>{UNITS[report.metric]}{relative}</small></p>'
-        f'<p class="what">{escape(pair.verdict)}; {interval}</p>'
+        f'<p class="what">{said}</p>'
         f"<p>interval: {escape(pair.method)}</p>{each}<p>{escape(pair.standing)}</p></div>"
     )
 

@@ -177,7 +177,7 @@ def test_bits_a_byte(pair):
     report = build_report(pair, metric="bits_per_byte")
     assert report.results[0].mean == pytest.approx(build_report(pair).results[0].mean / 3)
     assert "bits a byte" in loss_plot(report).alt
-    assert report.evaluations[report.runs[0]] == {20: 1.5, 40: 1.0}
+    assert report.evaluations[report.runs[0]] == ((20, 1.5), (40, 1.0))
     with pytest.raises(UserError, match="is no loss"):
         build_report(pair, metric="tokens_per_s")
 
@@ -231,6 +231,29 @@ def test_curves_keep_their_room_where_nothing_was_evaluated(tmp_path, evaluated,
     figure.draw_without_rendering()
     widths = [axes.get_position().width for axes in figure.axes]
     assert min(widths) > (0.8 if narrow else 0.25)
+
+
+def test_window_gates_and_all_evaluations_are_where_they_belong(tmp_path):
+    a = make_run(tmp_path / "a", "stp=null", validation={20: 4.0, 40: 3.0})
+    b = make_run(tmp_path / "b", validation={20: 4.5})
+    late = make_run(tmp_path / "c", f"stp.start_step={GATE + 10}", validation={})
+    receipt = read_json(a / "receipt.json")
+    again = {"iteration": 40, "lm_loss": 2.0, "bits_per_byte": 1.0}  # of the end of the run
+    write_json(a / "receipt.json", {**receipt, "validation": [*receipt["validation"], again]})
+    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+    loss_plot(build_report([a, b, late])).draw(figure, False)
+    whole = next(axes for axes in figure.axes if axes.get_title() == "lm loss, nats a token")
+    rings = [list(zip(*line.get_data(), strict=True)) for line in whole.lines if line.get_marker() == "o"]
+    assert rings == [[(20, 4.0), (40, 3.0), (40, 2.0)], [(20, 4.5)]]
+    upright = [line.get_xdata()[0] for line in whole.lines if list(line.get_ydata()) == [0, 1]]
+    assert upright == [GATE + 0.5, GATE + 10.5]  # between the last iteration before and the first with the term
+    (shade,) = whole.patches
+    assert (shade.get_x(), shade.get_x() + shade.get_width()) == (GATE + 10.5, ITERATIONS + 0.5)
+    strip = next(axes for axes in figure.axes if [text.get_text() for text in axes.texts])
+    bars = [(bar.get_paths()[0].get_extents().intervalx.tolist(), bar.get_alpha()) for bar in strip.collections]
+    active = [(ends, alpha) for ends, alpha in bars if alpha == 1.0]
+    assert active == [([GATE + 0.5, 40.5], 1.0), ([GATE + 10.5, 40.5], 1.0)]
+    assert [ends for ends, alpha in bars if alpha == 0.16] == [[0.5, GATE + 0.5], [0.5, GATE + 10.5]]
 
 
 @pytest.mark.parametrize("name", ["lm_loss", "tokens_per_s", "peak_memory_bytes"])
