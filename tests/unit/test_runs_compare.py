@@ -279,7 +279,8 @@ def test_what_a_plan_leaves_to_the_machine_is_compared(tmp_path):
     assert compare(one, same)["pairs"][0]["controlled"]
     assert compare(one, make_run(tmp_path / "d", left))["pairs"][0]["controlled"]  # an earlier one, which does not say
     # A plan that sets it is compared as a plan.
-    planned = with_environment(make_run(tmp_path / "e"), OMP_NUM_THREADS="1")
+    two_threads = "launch.environment.OMP_NUM_THREADS=2"
+    planned = with_environment(make_run(tmp_path / "e", two_threads), OMP_NUM_THREADS="2")
     assert "unlike in substrate (env.OMP_NUM_THREADS)" in refused("compare", one, planned).problem
     (same / "attempt-0").mkdir()
     write_json(same / "attempt-0" / "receipt.json", {"environment": {"OMP_NUM_THREADS": "2"}})
