@@ -88,6 +88,10 @@ class Stopped(Exception):
     """A signal came while launchers waited for each other."""
 
 
+class Superseded(Exception):
+    """The offer was of a launch of node 0 that is over: it was killed, and another one has begun."""
+
+
 class _Node:
     """One launcher's own file, and its eyes on those of others.
 
@@ -165,8 +169,9 @@ class _Node:
         return now - since > self._pace.dead
 
     def end(self, *, status: int, signal: int | None) -> None:
-        """Say how this launcher ended."""
-        self._write(state=_ENDED, status=status, signal=signal)
+        """Say how this launcher ended; nothing where it had no part in a launch, whose files are then not its own."""
+        if self._launch:
+            self._write(state=_ENDED, status=status, signal=signal)
 
 
 class Leader(_Node):
@@ -281,6 +286,7 @@ class Follower(_Node):
         Raises:
             UserError: Node 0 gave up, or another launcher has this rank.
             Stopped: A signal came first.
+            Superseded: Node 0 has begun anew; `await_offer` has its new offer.
         """
         nonce = secrets.token_hex(8)
         self._write(state=_JOINED, nonce=nonce)
@@ -295,8 +301,11 @@ class Follower(_Node):
         if not self._until(decided):
             problem = f"node 0 did not start the run within {self._pace.wait:g} s"
             raise UserError(problem, field=field, value=self._rank, fix=fix)
-        if found.get("launch") != self._launch or found.get("state") != _RUNNING:
-            reason = found.get("reason") or "it ended, or began anew"
+        if found.get("launch") != self._launch:
+            self._launch = ""
+            raise Superseded
+        if found.get("state") != _RUNNING:
+            reason = found.get("reason") or "it ended"
             raise UserError(f"node 0 gave up: {reason}", field=field, value=self._rank, fix=fix)
         if found["members"].get(str(self._rank)) != nonce:
             raise UserError(

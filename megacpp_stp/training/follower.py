@@ -14,9 +14,9 @@ from megacpp_stp.recipe import restore_recipe
 from megacpp_stp.runs.attempts import find_continuation, read_run_plan
 from megacpp_stp.runs.failures import first_failure
 from megacpp_stp.runs.lock import launcher_lock
-from megacpp_stp.runs.nodes import Follower, Offer, Stopped
+from megacpp_stp.runs.nodes import Follower, Offer, PeerEnd, Stopped, Superseded
 from megacpp_stp.training.last_words import say
-from megacpp_stp.training.torchrun import Start, stop_signals
+from megacpp_stp.training.torchrun import Signals, Start, stop_signals
 
 if TYPE_CHECKING:
     from megacpp_stp.training.launcher import Launch
@@ -33,24 +33,15 @@ def follow(launch: Launch) -> int:
     Raises:
         UserError: No run was offered, or not this one, or this machine cannot run it; node 0 is told.
     """
-    assert launch.node is not None
     with stop_signals() as signals:
         follower = Follower(
             launch.run_dir, rank=launch.rank, stopped=lambda: signals.caught is not None, pace=launch.pace
         )
         try:
             say(f"node {launch.rank} waits for node 0, up to {launch.pace.wait:g} s")
-            offer = follower.await_offer(rdzv_id=launch.node.rdzv_id)
-            try:
-                launch = _agreed(launch, offer)
-                launch.check()
-            except UserError as error:
-                follower.refuse(error.problem)
-                raise
-            with launcher_lock(launch.run_dir, node=launch.rank):
-                follower.join()
-                start = Start(attempt=offer.attempt, from_iteration=offer.from_iteration, rdzv_id=offer.rdzv_id)
-                status, ended_by = launch.execute(start, signals, follower)
+            while (ended := _take_part(launch, follower, signals)) is None:
+                say("node 0 has begun anew: waits for what it offers now")
+            status, ended_by = ended
         except Stopped:
             follower.end(status=128 + (signals.caught or 0), signal=signals.caught)
             return 128 + (signals.caught or 0)
@@ -62,6 +53,29 @@ def follow(launch: Launch) -> int:
         return 128 + caught
     failure = first_failure(launch.run_dir) if status else None
     return (2 if failure and failure["kind"] == "user" else 1) if status else 0
+
+
+def _take_part(launch: Launch, follower: Follower, signals: Signals) -> tuple[int, PeerEnd | None] | None:
+    """Take what node 0 offers and run it.
+
+    Returns:
+        As `Launch.execute`; None where the offer was what a launch that was killed had left.
+    """
+    assert launch.node is not None
+    offer = follower.await_offer(rdzv_id=launch.node.rdzv_id)
+    try:
+        launch = _agreed(launch, offer)
+        launch.check()
+    except UserError as error:
+        follower.refuse(error.problem)
+        raise
+    with launcher_lock(launch.run_dir, node=launch.rank):
+        try:
+            follower.join()
+        except Superseded:
+            return None
+        start = Start(attempt=offer.attempt, from_iteration=offer.from_iteration, rdzv_id=offer.rdzv_id)
+        return launch.execute(start, signals, follower)
 
 
 def expected_start(launch: Launch) -> int | None:

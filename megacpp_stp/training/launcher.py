@@ -250,7 +250,7 @@ def port_of(endpoint: str) -> int:
     Raises:
         UserError: There is none.
     """
-    _, colon, port = endpoint.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 2**16:
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError("is not HOST:PORT", field="--rdzv-endpoint", value=endpoint, fix="name node 0 and a free port")
     return int(port)

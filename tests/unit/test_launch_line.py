@@ -172,6 +172,7 @@ def test_a_dry_run_says_all_and_touches_nothing(tmp_path, monkeypatch, capsys, f
         ((*SETS, "--node-rank", "0", "--rdzv-endpoint", "h:1"), "--run-dir: is needed"),
         ((*SEVERAL[:-1], "host"), "--rdzv-endpoint: is not HOST:PORT"),
         ((*SEVERAL[:-1], "host:99999"), "--rdzv-endpoint: is not HOST:PORT"),
+        ((*SEVERAL[:-1], ":29500"), "--rdzv-endpoint: is not HOST:PORT"),
         ((*SEVERAL, "--node-rank", "2"), "--node-rank: is not below the plan's 2 nodes"),
         ((*SEVERAL, "--port", "29500"), "--port: is for one node"),
         ((*SEVERAL, "--nnodes", "3"), "--nnodes: contradicts --set launch.nodes=2"),

@@ -10,7 +10,7 @@ import pytest
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs import nodes
 from megacpp_stp.runs.lock import launcher_lock
-from megacpp_stp.runs.nodes import Follower, Leader, Pace, PeerEnd, Stopped
+from megacpp_stp.runs.nodes import Follower, Leader, Pace, PeerEnd, Stopped, Superseded
 
 FAST = Pace(wait=5.0, look=0.0, beat=0.02, dead=0.4, end=0.5)
 FACTS = {"plan_digest": "abc", "rdzv_id": "run-1", "from_iteration": 0, "attempt": 1}
@@ -168,6 +168,43 @@ def test_a_signal_ends_the_wait(tmp_path):
         first.gather()
     with pytest.raises(Stopped):
         follower(tmp_path / "nothing", stopped=lambda: True).await_offer(rdzv_id=None)
+
+
+def test_a_launcher_without_a_part_in_a_launch_says_nothing(tmp_path):
+    """Ctrl-C while it waits for an offer: there may be no directory, or another launcher that is this node."""
+    idle = follower(tmp_path / "nothing", stopped=lambda: True)
+    with pytest.raises(Stopped):
+        idle.await_offer(rdzv_id=None)
+    idle.end(status=130, signal=2)
+    assert not (tmp_path / "nothing").exists()
+    first, (other,) = started(tmp_path)
+    second = follower(tmp_path, stopped=lambda: True)
+    with pytest.raises(Stopped):
+        second.await_offer(rdzv_id=None)
+    second.end(status=130, signal=2)
+    assert first.watch() is None and other.watch() is None
+
+
+def test_what_a_killed_launch_left_on_offer_is_given_up_for_the_next(tmp_path):
+    leader(tmp_path).offer(**FACTS)  # and killed
+    again, other, taken = leader(tmp_path), follower(tmp_path), []
+
+    def lead():
+        time.sleep(0.3)
+        again.offer(**{**FACTS, "attempt": 2})
+        again.gather()
+
+    def join():
+        while True:
+            taken.append(other.await_offer(rdzv_id=None).attempt)
+            try:
+                return other.join()
+            except Superseded:
+                other.end(status=1, signal=None)  # of no launch now
+
+    assert together(lead, join) == [None, None]
+    assert taken == [1, 2]
+    assert again.watch() is None and other.watch() is None
 
 
 def test_a_failure_is_seen_by_all(tmp_path):
