@@ -19,7 +19,7 @@ from megacpp_stp.runs.files import RECEIPT, read_json
 from megacpp_stp.runs.lock import rank_lock
 from megacpp_stp.runs.receipt import ALLOWED_UNREVIEWED
 from megacpp_stp.training.arguments import add_nam_arguments, read_plan, stp_config
-from megacpp_stp.training.orphans import die_with_parent
+from megacpp_stp.training.orphans import die_with_parent, is_orphan
 from megacpp_stp.training.progress import Progress
 
 
@@ -31,9 +31,12 @@ def main(argv: Sequence[str], *, is_program: bool = False) -> int:
         is_program: Whether the process ends with it, which is then watched too.
 
     Returns:
-        0, or 2 after a mistake that the user can mend, said on stderr.
+        0, 2 after a mistake that the user can mend, said on stderr, or 1 where torchrun has ended already.
     """
     die_with_parent()  # torchrun ends its ranks, unless it is killed
+    if is_orphan():
+        print("megacpp-stp: torchrun is gone: this rank ends", file=sys.stderr, flush=True)
+        return 1
     try:
         plan = read_plan(argv)
         directory = Path(argv[list(argv).index("--nam-run-dir") + 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from megacpp_stp.plan.build import ENTRY_MODULE, RunPlan
 from megacpp_stp.plan.checkpoint import LOAD, SAVE, SCHEDULE_OF_THE_PLAN
 from megacpp_stp.runs.checkpoints import CHECKPOINTS
 from megacpp_stp.runs.files import PLAN
-from megacpp_stp.training.orphans import die_with_parent
+from megacpp_stp.training.orphans import LAUNCHER, die_with_parent
 
 LOGS = "logs"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -160,7 +161,7 @@ def run_torchrun(
 
     Args:
         command: From `torchrun_command`.
-        environment: All of its environment.
+        environment: All of its environment, but for what tells its ranks the process id of this one.
         signals: From `stop_signals`.
         must_end: Asked twice a second whether the ranks are to be ended; None to wait for torchrun and signals alone.
 
@@ -168,7 +169,8 @@ def run_torchrun(
         Its exit status.
     """
     # A session of its own: Ctrl-C reaches torchrun once, through us, and not each rank behind its back.
-    child = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=die_with_parent)
+    known = {**environment, LAUNCHER: str(os.getpid())}
+    child = subprocess.Popen(command, env=known, start_new_session=True, preexec_fn=die_with_parent)
     signals.child = child
     try:
         if signals.caught:  # before there was a child to tell

@@ -126,6 +126,29 @@ def test_ranks_do_not_outlive_a_killed_launcher(short_run, tmp_path):
     require_run_fits(run)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_ranks_that_have_just_been_started_do_not_stay(short_run, tmp_path, number):
+    """The launcher is interrupted, or torchrun killed, before a rank has asked to be told of that."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    with log.open("w") as output:
+        line = command(*short_run, "--run-dir", str(run))
+        child = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
+    try:
+        while not ranks_of(run):
+            assert child.poll() is None, log.read_text()[-3000:]
+        torchrun = [pid for pid, words in processes_of(run).items() if "-m torch.distributed.run" in words[:200]]
+        os.kill(child.pid if number == signal.SIGINT else torchrun[0], number)
+        assert child.wait(timeout=90) == (130 if number == signal.SIGINT else 1)
+    finally:
+        child.kill()
+    deadline = time.monotonic() + 30
+    while found := processes_of(run):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    assert load(run, "receipt.json")["status"] == "incomplete"
+
+
 def test_a_killed_rank_is_told(short_run, tmp_path):
     run = tmp_path / "run"
     with long_run(short_run, run, tmp_path) as child:

@@ -26,6 +26,7 @@ from megacpp_stp.training.journal import Journal
 from megacpp_stp.training.launcher import Launch
 from megacpp_stp.training.recorder import Recorder
 from megacpp_stp.training.streams import keep_loaded_stream
+from megacpp_stp.training.torchrun import run_torchrun, stop_signals
 
 BF16 = ("training.precision=bf16", "optimizer.distributed=false")
 
@@ -269,6 +270,41 @@ def test_a_rank_ends_when_its_parent_is_killed(tmp_path):
     while is_running(int(done.stdout)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+ORPHAN = """
+    import os, sys, time
+    from megacpp_stp.training import entry
+    while os.path.exists({wait!r}):
+        time.sleep(0.01)
+    open({said!r}, "w").write(str(entry.main([])))
+"""
+TORCHRUN = """
+    import os, subprocess, sys, time
+    child = subprocess.Popen([sys.executable, "-c", {child!r}])
+    if {dies}:
+        os._exit(0)
+    os.remove({wait!r})
+    child.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_rank_whose_torchrun_was_gone_before_it_looked_ends(tmp_path, dies):
+    """It still imports its first modules then, and no signal will come."""
+    wait, said = tmp_path / "wait", tmp_path / "said"
+    wait.touch()
+    child = textwrap.dedent(ORPHAN.format(wait=str(wait), said=str(said)))
+    torchrun = textwrap.dedent(TORCHRUN.format(child=child, dies=dies, wait=str(wait)))
+    with stop_signals() as signals:
+        assert run_torchrun([sys.executable, "-c", torchrun], os.environ, signals) == 0
+    wait.unlink(missing_ok=True)
+    deadline = time.monotonic() + 20
+    while not said.exists() or not said.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert said.read_text() == ("1" if dies else "2")  # 2: a plan is missing
 
 
 def is_running(pid):
