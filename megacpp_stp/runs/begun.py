@@ -29,6 +29,8 @@ def nothing_has_run(directory: Path) -> bool:
 
 def not_new(path: Path) -> UserError:
     """What to say of a place where a new run cannot begin, with a way out that is open."""
+    if not path.exists():
+        return UserError("is a link to nothing", field="--run-dir", value=str(path), fix="name a new directory")
     if nothing_has_run(path):
         problem, fix = "exists already, and nothing has run there", "begin there by the same command with --resume"
         return UserError(problem, field="--run-dir", value=str(path), fix=f"{fix}, or name a new directory")

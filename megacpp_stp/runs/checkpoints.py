@@ -7,6 +7,7 @@ leave either of them empty.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -31,7 +32,8 @@ def settle_checkpoints(directory: Path, *, iteration: int, aside: Path) -> None:
     Args:
         directory: The run directory.
         iteration: From `latest_checkpoint`.
-        aside: A folder on the same file system for the rest.
+        aside: A folder for the rest. Where checkpoints lie on another file system, as behind a link, it is a folder
+            of its name among them.
     """
     for number, path in _folders(directory).items():
         if number > iteration:
@@ -66,4 +68,11 @@ def _is_whole(path: Path) -> bool:
 def _move(path: Path, aside: Path) -> None:
     place = aside / CHECKPOINTS
     place.mkdir(exist_ok=True)
-    os.rename(path, place / path.name)
+    try:
+        os.rename(path, place / path.name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        place = path.parent / aside.name
+        place.mkdir(exist_ok=True)
+        os.rename(path, place / path.name)

@@ -140,7 +140,7 @@ class Launch:
             require_free(self.run_dir)
 
     def _require_new(self) -> None:
-        if self.from_iteration is None and self.run_dir.exists():
+        if self.from_iteration is None and os.path.lexists(self.run_dir):
             raise not_new(self.run_dir)
 
     def check(self) -> None:

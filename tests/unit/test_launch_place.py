@@ -52,7 +52,7 @@ def start(tmp_path, monkeypatch):
 
 
 def tree(path):
-    return {found: (found.stat().st_mtime_ns, found.is_file() and found.read_bytes()) for found in path.rglob("*")}
+    return {found: (found.lstat().st_mtime_ns, found.is_file() and found.read_bytes()) for found in path.rglob("*")}
 
 
 # --- a launcher that was killed before its receipt ----------------------------------------------------------
@@ -159,6 +159,9 @@ def place(tmp_path, monkeypatch):
         directory = tmp_path / "run"
         if kind == "nowhere":
             return directory
+        if kind == "dangling":
+            directory.symlink_to(tmp_path / "gone")
+            return directory
         directory.mkdir()
         if kind == "begun":
             (directory / LOCKS[0]).touch()
@@ -191,6 +194,7 @@ SEED = ("--set", "training.seed=7")
         ("empty", (), "--run-dir: exists already, and nothing has run there"),
         ("begun", (), "begin there by the same command with --resume"),
         ("foreign", (), "--run-dir: exists already, and holds no run"),
+        ("dangling", (), "--run-dir: is a link to nothing"),
         ("run", (), "--run-dir: exists already"),
         ("nowhere", ("--resume",), "--run-dir: is no directory"),
         ("foreign", ("--resume",), "cannot be read"),
@@ -212,7 +216,7 @@ def test_a_dry_run_refuses_what_the_launch_would_refuse(tmp_path, place, capsys,
         launched = command([*CPU, "--run-dir", "run", *words, *nodes])
         assert (launched, says in capsys.readouterr().err) == (2, True)
     assert tree(tmp_path) == before
-    assert directory.exists() == (kind != "nowhere")
+    assert os.path.lexists(directory) == (kind != "nowhere")
 
 
 @pytest.mark.parametrize("lock", [launcher_lock, rank_lock])
