@@ -83,6 +83,11 @@ class Receipt:
         return len(self._content.get("attempts", ()))
 
     @property
+    def plan_digests(self) -> set[str]:
+        """Of the plans that the run has had, a start each."""
+        return {str(attempt.get("plan_digest")) for attempt in self._content.get("attempts", ())}
+
+    @property
     def from_iteration(self) -> int:
         """Iteration of the checkpoint that this attempt started from; 0 for none."""
         return int(self._content["attempts"][-1]["from_iteration"])

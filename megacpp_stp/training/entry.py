@@ -84,12 +84,16 @@ class _Rank:
         from megatron.training.arguments import parse_and_validate_args
 
         from megacpp_stp.training.health import outlast_suspensions
+        from megacpp_stp.training.own_checkpoint import mark, require_own
         from megacpp_stp.training.preflight_ranks import compare_ranks
 
         self._patches = undo.enter_context(_planned_patches(self._plan, directory, rank=self._rank))
         met = compare_ranks(self._plan, [record.as_dict() for record in self._patches.records], rank=self._rank)
         self._args = args = parse_and_validate_args(extra_args_provider=add_nam_arguments)
         outlast_suspensions(self._plan, args)
+        mark(args, self._plan["digest"])
+        if args.load:
+            require_own(directory)
         if self._rank == 0:
             from megacpp_stp.training.journal import Journal
 

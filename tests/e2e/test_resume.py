@@ -238,6 +238,26 @@ def test_ten_kills_at_random_change_nothing(cli, dataset, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_another_plan_is_refused(cli, dataset, tmp_path):
+    """Of equal sizes, put there by mistake: only its plan says that it is not the run's."""
+    launch = arguments(dataset, "training.iterations=4", "stp.start_step=2", "stp.ramp_steps=0")
+    run = run_whole(cli, tmp_path / "run", launch)
+    other = run_whole(cli, tmp_path / "other", [*launch, "--set", "training.seed=7"])
+    place = "checkpoints/iter_0000004"
+    (run / place).rename(tmp_path / "mine")
+    (other / place).rename(run / place)
+    more = ("--set", "training.iterations=6", "--allow-plan-change")
+    done = cli("launch", "--resume", "--run-dir", str(run), *more)
+    assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "checkpoint: iteration 4 was written by another plan than this run's" in done.stderr
+    (run / place).rename(other / place)
+    (tmp_path / "mine").rename(run / place)
+    done = cli("launch", "--resume", "--run-dir", str(run))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert load(run, "receipt.json")["iterations_done"] == 6
+
+
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(cli, dataset, tmp_path):
     """With a schedule that does not depend on the length, and data that is read once: as if it had been so long."""
     constant = ("optimizer.decay=constant", "training.eval_interval=100", "training.eval_iterations=0")

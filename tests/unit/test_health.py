@@ -174,6 +174,17 @@ def test_gradients_are_looked_at_before_they_are_reduced(upstream, value, words)
     assert [text[: len(words)] for text in found] == ([words] if words else [])
 
 
+def test_gradients_of_experts_are_looked_at_too():
+    """Megatron keeps them in groups of their own: they are reduced over other ranks."""
+    model, found = Model(), []
+    model.bucket_groups, model.expert_parallel_bucket_groups = [], model.bucket_groups
+    (group,) = model.expert_parallel_bucket_groups
+    GradientCheck(wanted=lambda: True, found=found.append).watch(model, stage="a stage")
+    group.fill(torch.nan)
+    group.start_grad_sync()
+    assert len(found) == 1
+
+
 def test_an_error_of_the_reduction_itself_stays_one():
     model, found = Model(upstream=True), []
     (group,) = model.bucket_groups

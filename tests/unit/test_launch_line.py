@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from megacpp_stp.cli.app import run
+from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.build import ENTRY_MODULE
 from megacpp_stp.plan.env import RANKS_END_S
@@ -234,6 +235,7 @@ SILENT, TERMED = PeerEnd(node=1, status=None), PeerEnd(node=2, status=143, signa
     [
         (Outcome(torchrun=1), None, 1, "torchrun ended with status 1 and no rank said why"),
         (Outcome(torchrun=0), None, 1, "torchrun ended with status 0 and no rank said why"),
+        (Outcome(torchrun=1), UserError("is bad", field="it"), 2, "rank 3: it: is bad"),
         (Outcome(torchrun=1), RuntimeError("boom"), 1, "rank 3: RuntimeError: boom"),
         (
             Outcome(torchrun=1, others={1: SILENT}),
@@ -371,3 +373,10 @@ def test_a_peer_or_a_signal_ends_the_ranks():
         assert run_torchrun(sleeper, os.environ, signals) == -signal.SIGTERM
         assert signals.caught == signal.SIGHUP
         assert time.monotonic() - began < 30
+
+
+def test_torchrun_has_a_session_of_its_own():
+    """Ctrl-C in a terminal goes to all of a session's foreground: to ranks too, which would end without a word."""
+    asked = [sys.executable, "-c", "import os; raise SystemExit(os.getsid(0) != os.getpid())"]
+    with stop_signals() as signals:
+        assert run_torchrun(asked, os.environ, signals) == 0

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
@@ -294,3 +295,15 @@ def test_a_process_of_nobody_is_told_so(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(UserError, match="rank 0 cannot reach the store"):
         open_store(rank=0, timeout_s=0.5)  # it is torchrun's to open one, not the first rank's
+
+
+def test_the_others_wait_longer_than_rank_0_whose_word_names_who_is_missing(monkeypatch):
+    asked = {}
+
+    def wait(store, key, seconds):
+        asked[key] = seconds
+        return "null"
+
+    monkeypatch.setattr(preflight_ranks, "_wait", wait)
+    meet_ranks(facts(), rank=1, world_size=2, store=SimpleNamespace(set=lambda *pair: None), timeout_s=20.0)
+    assert asked == {"answer": 35.0}
