@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from contextlib import nullcontext
@@ -43,6 +44,20 @@ def test_ctrl_c_on_a_node_that_waits_for_node_0_leaves_nothing(tmp_path, there):
         assert waiting.run() == 130
         timer.join()
     assert tree(tmp_path) == before
+
+
+def test_node_0_refuses_an_endpoint_whose_port_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(Launch, "check", lambda self: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        node = Node(rank=0, endpoint=f"localhost:{other.getsockname()[1]}")
+        with pytest.raises(UserError, match="in use") as caught:
+            replace(launch(tmp_path, 0), node=node).preflight()
+        assert caught.value.field == "--rdzv-endpoint"
+        replace(launch(tmp_path, 1), node=replace(node, rank=1)).preflight()  # the port is node 0's
+    replace(launch(tmp_path, 0), node=node).preflight()
 
 
 @pytest.fixture

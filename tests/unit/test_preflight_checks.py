@@ -12,6 +12,8 @@ from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.argv import Argument
 from megacpp_stp.plan.kernels import KERNEL_PACKAGES
+from megacpp_stp.plan.memory import rank_memories
+from megacpp_stp.plan.parameters import parts
 from megacpp_stp.plan.passthrough import ALLOWED
 from megacpp_stp.preflight.case import Case
 from megacpp_stp.preflight.finding import Finding, Verdict, asked, fine, refusal, refused, warning
@@ -278,6 +280,13 @@ def test_a_gpu_must_hold_what_is_certain_and_should_hold_the_estimate():
     assert "megacpp-stp memory nam56r" in on(1 * GIB).fix
     sizes = [on(size * GIB).verdict for size in range(1, 141)]
     assert sizes == sorted(sizes, key=[REFUSED, WARNING, FINE].index) and set(sizes) == {REFUSED, WARNING, FINE}
+    ranks = rank_memories(LARGE.recipe, LARGE.layout, parts(LARGE.recipe, LARGE.layout))
+    lasting = max(sum(row.bytes for row in rank.rows if row.phase == "always") for rank in ranks)
+    at_the_edge = [
+        found(check_memory, replace(NODE, gpus=(replace(gpu(0), memory_bytes=size),)), LARGE)["GPU memory"].verdict
+        for size in (lasting - 1, lasting)
+    ]
+    assert at_the_edge == [REFUSED, WARNING]
     assert verdicts(check_memory, CPU_MACHINE, LARGE) == {"GPU memory": FINE}  # unknown: no GPU
 
 
@@ -396,6 +405,10 @@ def test_what_is_forbidden_are_options_of_megatron():
 
     parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
     assert FORBIDDEN.keys() <= {option for action in parser._actions for option in action.option_strings}
+    assert FORBIDDEN.keys() == {
+        *("--mock-data", "--fake-process-group", "--no-check-for-nan-in-loss-and-grad"),
+        *("--skip-train", "--error-injection-rate"),
+    }
 
 
 @pytest.mark.parametrize("name", ["tokenizer-type", "tokenizer-model", "null-tokenizer-eod-id", "train-data-path"])

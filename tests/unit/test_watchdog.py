@@ -8,15 +8,16 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megacpp_stp.runs.failures import first_failure, report_failure
 from megacpp_stp.runs.hangs import HANG, drop_empty_stacks, hang_text, read_reports
-from megacpp_stp.training import sentinel
+from megacpp_stp.training import sentinel, watchdog
 from megacpp_stp.training.progress import Mark, Progress
 from megacpp_stp.training.sentinel import Count, is_stopped
-from megacpp_stp.training.watchdog import Limits, Stall
+from megacpp_stp.training.watchdog import Limits, Stall, Watchdog
 
 # Fast enough for a test, slow enough for a machine that has other things to do.
 LIMITS = "Limits(usual=0.6, slow=30.0, look=0.05, grace=1.5)"
@@ -339,3 +340,29 @@ def test_a_mark_is_a_new_object_though_equal():
     first = progress.mark
     progress.forward()
     assert progress.mark == first and progress.mark is not first
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_among_others_a_blocked_rank_is_ended_after_they_had_time_to_say_where_they_wait(
+    tmp_path, monkeypatch, world_size
+):
+    leases = []
+
+    class Sentinel:
+        def __init__(self, told, *, rank, tick):
+            pass
+
+        def lease(self, seconds, *, why):
+            leases.append(seconds)
+
+        def dismiss(self):
+            pass
+
+    monkeypatch.setattr(watchdog, "Sentinel", Sentinel)
+    quiet = SimpleNamespace(dump_traceback_later=lambda *words, **more: None, cancel_dump_traceback_later=lambda: None)
+    monkeypatch.setattr(watchdog, "faulthandler", quiet)  # there is one a process, which pytest may use
+    limits = Limits(usual=60.0, slow=90.0, look=0.5, grace=5.0)
+    with Watchdog(tmp_path, rank=0, world_size=world_size, progress=Progress(lambda: 0), limits=limits):
+        pass
+    # The others look every half second, and give each other the grace.
+    assert leases[0] == 90.0 + 4 * 0.5 + (4 * 5.0 if world_size > 1 else 0.0)

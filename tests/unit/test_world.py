@@ -176,6 +176,9 @@ def test_context_parallelism_without_sparse_layers_goes_round_a_ring():
     assert set(flows) == {"ring"}
     # Keys and values once forward, with their gradients backward, to three others.
     assert flows["ring"].sent == 3 * 3 * (12288 // 4) * 2 * 13 * 56 * (64 + 64 + 64)
+    # Recomputed, they go round once more.
+    again = exchanged("model.families.A.sparse=null")["ring"]
+    assert again.sent * 3 == flows["ring"].sent * 4
     over = exchanged(
         "model.families.A.sparse=null",
         "launch.nodes=4",
