@@ -13,6 +13,8 @@ from megacpp_stp.runs.hangs import KIND as HUNG
 from megacpp_stp.runs.hangs import hang_text, ranks_text
 
 NONFINITE = "nonfinite"  # of a failure, in receipts and error files
+ASKED = "asked"
+_ASKED_TEXT = "Megatron ended the run early, as exit-duration-in-mins and exit-signal-handler ask it to"
 CAUSES = ("lm_loss", "stp_loss", "gradient")  # of it, as they follow from one another
 _PATTERN = "error-*.json"
 
@@ -40,14 +42,19 @@ def error_file(rank: int) -> str:
 
 
 def kind_of(error: BaseException) -> str:
-    """``user`` for a mistake that the user can mend; what the error says of itself, as ``nonfinite`` or ``hang``; else
-    ``crash``."""
+    """``user`` for a mistake that the user can mend; what the error says of itself, as ``nonfinite`` or ``hang``;
+    ``asked`` for an exit that is no error, by which Megatron ends a run whose options say so; else ``crash``."""
+    if isinstance(error, SystemExit) and not error.code:
+        return ASKED
     return "user" if isinstance(error, UserError) else str(getattr(error, "kind", "crash"))
 
 
 def text_of(error: BaseException) -> str:
     """What it says, with its type unless that says nothing more."""
-    return f"{type(error).__name__}: {error}" if kind_of(error) == "crash" else str(error)
+    kind = kind_of(error)
+    if kind == ASKED:
+        return _ASKED_TEXT
+    return f"{type(error).__name__}: {error}" if kind == "crash" else str(error)
 
 
 def _logs(directory: Path) -> str | None:

@@ -72,8 +72,8 @@ class Receipt:
 
     @property
     def failure_kind(self) -> str | None:
-        """``user`` for a mistake that the user can mend, ``nonfinite`` and ``hang`` (docs/health.md), ``signal``, else
-        ``crash``; None without a failure."""
+        """``user`` for a mistake that the user can mend, ``nonfinite``, ``hang`` and ``asked`` (docs/health.md),
+        ``signal``, else ``crash``; None without a failure."""
         kind = self._content.get("failure_kind")
         return kind if isinstance(kind, str) else None
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megacpp_stp.runs.failures import first_failure
+from megacpp_stp.runs.failures import ASKED, first_failure
 from megacpp_stp.runs.files import shown
 from megacpp_stp.runs.hangs import KIND as HUNG
 
@@ -33,6 +33,9 @@ def last_words(directory: Path, *, logs: Path) -> Iterator[str]:
         return
     if failure is None:
         yield f"no rank said why; their output is in {logs}"
+        return
+    if failure["kind"] == ASKED:
+        yield shown(failure["reason"])
         return
     yield f"rank {failure['rank']} failed first: {_one_line(failure['reason'])}"
     folder = failure.get("logs")

@@ -18,7 +18,7 @@ from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.build import ENTRY_MODULE
 from megacpp_stp.plan.env import RANKS_END_S
 from megacpp_stp.recipe import load_recipe
-from megacpp_stp.runs.failures import first_failure, report_failure
+from megacpp_stp.runs.failures import first_failure, report_failure, text_of
 from megacpp_stp.runs.files import EXIT, read_json
 from megacpp_stp.runs.nodes import Pace, PeerEnd
 from megacpp_stp.runs.receipt import Receipt, plan_facts
@@ -236,6 +236,8 @@ SILENT, TERMED = PeerEnd(node=1, status=None), PeerEnd(node=2, status=143, signa
         (Outcome(torchrun=1), None, 1, "torchrun ended with status 1 and no rank said why"),
         (Outcome(torchrun=0), None, 1, "torchrun ended with status 0 and no rank said why"),
         (Outcome(torchrun=1), UserError("is bad", field="it"), 2, "rank 3: it: is bad"),
+        (Outcome(torchrun=0), SystemExit(0), 1, f"rank 3: {text_of(SystemExit(0))}"),
+        (Outcome(torchrun=1), SystemExit(3), 1, "rank 3: SystemExit: 3"),
         (Outcome(torchrun=1), RuntimeError("boom"), 1, "rank 3: RuntimeError: boom"),
         (
             Outcome(torchrun=1, others={1: SILENT}),
@@ -335,6 +337,13 @@ def test_the_first_failing_rank_has_the_last_word(directory, monkeypatch):
     assert "early" not in "".join(lines)
     assert "\x1b" not in lines[-1] and "boom" in lines[-1]
     assert first_failure(directory)["logs"] == str(folder.relative_to(directory))
+
+
+def test_an_exit_that_was_asked_for_is_no_failure(directory):
+    report_failure(directory, rank=3, error=SystemExit(0))
+    (line,) = last_words(directory, logs=directory / "logs")
+    assert line.startswith("Megatron ended the run early, as exit-duration-in-mins")
+    assert first_failure(directory)["kind"] == "asked"
 
 
 def test_no_word_is_told_too(directory):

@@ -228,6 +228,13 @@ def test_a_dry_run_refuses_a_run_that_is_going_on(tmp_path, place, capsys, lock)
         assert tree(tmp_path) == before
 
 
+def test_a_run_that_is_going_on_is_told_before_what_takes_seconds(place, capsys, monkeypatch):
+    monkeypatch.setattr(Launch, "check", killed)
+    with launcher_lock(place("run")):
+        assert command([*CPU, "--run-dir", "run", "--resume"]) == 2
+    assert "the run is going on there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [

@@ -307,6 +307,31 @@ def test_a_rank_whose_torchrun_was_gone_before_it_looked_ends(tmp_path, dies):
     assert said.read_text() == ("1" if dies else "2")  # 2: a plan is missing
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
+def test_a_rank_ends_with_its_torchrun(tmp_path):
+    """At whatever it is; its launcher may still be there."""
+    ready = tmp_path / "ready"
+    child = f"""
+        import os, time
+        from megacpp_stp.training import entry
+        entry.read_plan = lambda argv: open({str(ready)!r}, "w").write(str(os.getpid())) and time.sleep(60)
+        entry.main([])
+    """
+    torchrun = f"""
+        import os, subprocess, sys, time
+        subprocess.Popen([sys.executable, "-c", {textwrap.dedent(child)!r}])
+        while not os.path.exists({str(ready)!r}) or not os.path.getsize({str(ready)!r}):
+            time.sleep(0.01)
+        os.kill(os.getpid(), 9)
+    """
+    with stop_signals() as signals:
+        assert run_torchrun([sys.executable, "-c", textwrap.dedent(torchrun)], os.environ, signals) == -9
+    deadline = time.monotonic() + 20
+    while is_running(int(ready.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def is_running(pid):
     """Whether it is there, and not only because nobody has asked how it ended."""
     try:
