@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.runs.files import read_json, write_json
+from megacpp_stp.runs.files import PLAN, read_json, write_json
 from megacpp_stp.runs.hangs import KIND as HUNG
 from megacpp_stp.runs.hangs import hang_text, ranks_text
 
@@ -17,6 +18,8 @@ ASKED = "asked"
 _ASKED_TEXT = "Megatron ended the run early, as exit-duration-in-mins and exit-signal-handler ask it to"
 CAUSES = ("lm_loss", "stp_loss", "gradient")  # of it, as they follow from one another
 _PATTERN = "error-*.json"
+# What gloo and NCCL say when the process at the other end is gone.
+_LOST_PEER = re.compile(r"(closed|reset) by peer|[Bb]roken pipe|remote process (exited|has been terminated)")
 
 
 def report_failure(directory: Path, *, rank: int, error: BaseException) -> None:
@@ -69,7 +72,8 @@ def _logs(directory: Path) -> str | None:
 def first_failure(directory: Path) -> dict[str, Any] | None:
     """The earliest failure: the others are mostly its consequences. None when no rank wrote one.
 
-    Its ``text`` is for people: with the rank, or, of a run that hung, with what all ranks said.
+    Its ``text`` is for people: with the rank, or, of a run that hung, with what all ranks said. Where it only lost a
+    peer, ``silent`` are the ranks that said nothing: one that is killed, as for want of memory, has no last word.
     """
     found = []
     for path in sorted(directory.glob(_PATTERN)):
@@ -83,7 +87,19 @@ def first_failure(directory: Path) -> dict[str, Any] | None:
     if first["kind"] == NONFINITE:
         return _with_others(found)
     text = hang_text(directory) if first["kind"] == HUNG else None
-    return {**first, "text": text or f"rank {first['rank']}: {first['reason']}"}
+    text = text or f"rank {first['rank']}: {first['reason']}"
+    if first["kind"] == "crash" and _LOST_PEER.search(first["reason"]) and (silent := _silent(directory, found)):
+        return {**first, "silent": silent, "text": f"{ranks_text(silent)} ended without a word; {text}"}
+    return {**first, "text": text}
+
+
+def _silent(directory: Path, found: list[dict[str, Any]]) -> list[int]:
+    """The ranks without an error of their own; none where the plan cannot be read."""
+    try:
+        world_size = int(read_json(directory / PLAN).get("world_size", 0))
+    except UserError:
+        return []
+    return sorted(set(range(world_size)) - {failure["rank"] for failure in found})
 
 
 def _with_others(found: list[dict[str, Any]]) -> dict[str, Any]:

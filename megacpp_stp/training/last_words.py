@@ -9,6 +9,7 @@ from pathlib import Path
 from megacpp_stp.runs.failures import ASKED, first_failure
 from megacpp_stp.runs.files import shown
 from megacpp_stp.runs.hangs import KIND as HUNG
+from megacpp_stp.runs.hangs import ranks_text
 
 _LINES = 12
 _MOST_BYTES = 64 * 2**10
@@ -37,7 +38,12 @@ def last_words(directory: Path, *, logs: Path) -> Iterator[str]:
     if failure["kind"] == ASKED:
         yield shown(failure["reason"])
         return
-    yield f"rank {failure['rank']} failed first: {_one_line(failure['reason'])}"
+    if silent := failure.get("silent"):
+        why = "killed from outside, as for want of memory, or ended with the rest; torchrun's summary has the signals"
+        yield f"{ranks_text(silent)} ended without a word: {why}"
+        yield f"rank {failure['rank']} lost its peer: {_one_line(failure['reason'])}"
+    else:
+        yield f"rank {failure['rank']} failed first: {_one_line(failure['reason'])}"
     folder = failure.get("logs")
     if failure["kind"] == "user" or not isinstance(folder, str):
         return

@@ -19,7 +19,7 @@ from megacpp_stp.plan.build import ENTRY_MODULE
 from megacpp_stp.plan.env import RANKS_END_S
 from megacpp_stp.recipe import load_recipe
 from megacpp_stp.runs.failures import first_failure, report_failure, text_of
-from megacpp_stp.runs.files import EXIT, read_json
+from megacpp_stp.runs.files import EXIT, PLAN, read_json, write_json
 from megacpp_stp.runs.nodes import Pace, PeerEnd
 from megacpp_stp.runs.receipt import Receipt, plan_facts
 from megacpp_stp.training import launcher
@@ -337,6 +337,36 @@ def test_the_first_failing_rank_has_the_last_word(directory, monkeypatch):
     assert "early" not in "".join(lines)
     assert "\x1b" not in lines[-1] and "boom" in lines[-1]
     assert first_failure(directory)["logs"] == str(folder.relative_to(directory))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[pair.cc:561] Connection closed by peer [127.0.0.1]:11183. This is typically caused by",
+        "[pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_rank_that_was_killed_is_told_before_what_lost_it(directory, said):
+    """It has no last word, and the others' are not why the run ended."""
+    write_json(directory / PLAN, {"world_size": 4})
+    for rank in (0, 3):
+        report_failure(directory, rank=rank, error=RuntimeError(said))
+    assert first_failure(directory)["text"] == f"ranks 1, 2 ended without a word; rank 0: RuntimeError: {said}"
+    first, second, *_ = last_words(directory, logs=directory / "logs")
+    assert first.startswith("ranks 1, 2 ended without a word: killed from outside")
+    assert second.startswith("rank 0 lost its peer: RuntimeError: ")
+    report_failure(directory, rank=1, error=RuntimeError("boom"))
+    assert first_failure(directory)["silent"] == [2]
+    for rank in (1, 2):
+        report_failure(directory, rank=rank, error=RuntimeError(said))
+    assert first_failure(directory)["text"].startswith("rank 0: ")  # nobody is silent
+
+
+def test_a_rank_with_an_error_of_its_own_is_not_put_behind_those_that_it_took_along(directory):
+    write_json(directory / PLAN, {"world_size": 4})
+    report_failure(directory, rank=3, error=RuntimeError("boom"))
+    assert first_failure(directory)["text"] == "rank 3: RuntimeError: boom"
 
 
 def test_an_exit_that_was_asked_for_is_no_failure(directory):
