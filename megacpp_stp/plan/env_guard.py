@@ -14,7 +14,7 @@ from megacpp_stp.recipe.schema import Recipe
 # Variables that change what Megatron, Transformer Engine, torch, NCCL, Triton or a math library computes or how.
 _WATCHED = re.compile(
     r"(NVTE|NCCL|TORCH|TORCHINDUCTOR|TORCHDYNAMO|TORCHELASTIC|PYTORCH|PET|GLOO|TRITON|CUBLAS|CUBLASLT|CUDNN|MAMBA"
-    r"|CAUSAL_CONV1D|FLASH_ATTENTION|MEGATRON|NVSHMEM|OMP|MKL|KMP)_\w+"
+    r"|CAUSAL_CONV1D|FLASH_ATTENTION|MEGATRON|NVSHMEM|OMP|GOMP|MKL|KMP|DNNL|ONEDNN)_\w+|ATEN_CPU_CAPABILITY"
     r"|CUDA_LAUNCH_BLOCKING|CUDA_DEVICE_MAX_CONNECTIONS|NVIDIA_TF32_OVERRIDE|FP4_RECIPE|PYTHON_EXEC|PYTHONOPTIMIZE"
 )
 # Of those: what was built and where it lies, and what is printed.
