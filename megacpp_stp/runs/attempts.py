@@ -88,6 +88,12 @@ def find_continuation(directory: Path, plan: Mapping[str, Any], *, may_change: b
             value=wanted,
             fix="raise it",
         )
+    if done < iteration:
+        raise UserError(
+            f"ends with iteration {done}, and the checkpoint is of {iteration}: records are missing",
+            field=str(directory / METRICS),
+            fix="bring the file back, or start a new run",
+        )
     if not iteration and done > planned["recipe"]["training"]["checkpoint"]["interval"]:
         raise UserError(
             f"has no checkpoint of a run that came to iteration {done}",

@@ -327,6 +327,17 @@ def test_checkpoints_that_are_gone_are_missed(run):
     assert "no checkpoint of a run that came to iteration 8" in str(refused(run, plan_of()))
 
 
+def test_records_that_a_checkpoint_has_and_the_file_lacks_are_asked_for(run):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))
+    assert "ends with iteration 3, and the checkpoint is of 4" in str(refused(run, plan_of()))
+    path.unlink()
+    assert "ends with iteration 0, and the checkpoint is of 4" in str(refused(run, plan_of()))
+    path.write_text("".join(lines[:4]))
+    assert find_continuation(run, plan_of(), may_change=False) == 4
+
+
 def test_a_run_cannot_be_made_shorter_than_it_is(run):
     shorter = plan_of("training.iterations=3", "stp.start_step=2")
     write_json(run / "plan.json", plan_of("stp.start_step=2"))
