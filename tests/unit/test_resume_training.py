@@ -153,6 +153,8 @@ def test_a_dry_run_shows_what_going_on_would_do_and_touches_nothing(capsys, tmp_
     checkpoint = tmp_path / "checkpoints" / "iter_0000100"
     checkpoint.mkdir(parents=True)
     (checkpoint / "metadata.json").write_text("{}")
+    lines = (f'{{"iteration": {number}}}\n' for number in range(1, 101))
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert run(["launch", "--resume", "--run-dir", str(tmp_path), "--dry-run"]) == 0
     shown = capsys.readouterr().out
