@@ -190,7 +190,9 @@ class Watchdog:
         """
         if os.fstat(self._stacks).st_size:  # it did come back
             os.ftruncate(self._stacks, 0)
-        faulthandler.dump_traceback_later(max(left / 2, 2 * self._limits.look), file=self._stacks)
+        # Also where what happens now may take long: it may be over, and the next thing block, before the next look.
+        soon = min(left, self._limits.usual) / 2
+        faulthandler.dump_traceback_later(max(soon, 2 * self._limits.look), file=self._stacks)
         self._lease(left + self._margin, _BLOCKED)
 
     def _lease(self, seconds: float, why: str) -> None:

@@ -346,7 +346,7 @@ def test_a_mark_is_a_new_object_though_equal():
 def test_among_others_a_blocked_rank_is_ended_after_they_had_time_to_say_where_they_wait(
     tmp_path, monkeypatch, world_size
 ):
-    leases = []
+    leases, dumps = [], []
 
     class Sentinel:
         def __init__(self, told, *, rank, tick):
@@ -359,10 +359,14 @@ def test_among_others_a_blocked_rank_is_ended_after_they_had_time_to_say_where_t
             pass
 
     monkeypatch.setattr(watchdog, "Sentinel", Sentinel)
-    quiet = SimpleNamespace(dump_traceback_later=lambda *words, **more: None, cancel_dump_traceback_later=lambda: None)
+    quiet = SimpleNamespace(
+        dump_traceback_later=lambda seconds, **more: dumps.append(seconds), cancel_dump_traceback_later=lambda: None
+    )
     monkeypatch.setattr(watchdog, "faulthandler", quiet)  # there is one a process, which pytest may use
     limits = Limits(usual=60.0, slow=90.0, look=0.5, grace=5.0)
     with Watchdog(tmp_path, rank=0, world_size=world_size, progress=Progress(lambda: 0), limits=limits):
         pass
     # The others look every half second, and give each other the grace.
     assert leases[0] == 90.0 + 4 * 0.5 + (4 * 5.0 if world_size > 1 else 0.0)
+    # The start may take long, and what follows it may block before the next look.
+    assert dumps[0] == 60.0 / 2
