@@ -10,7 +10,6 @@ import megatron.core.tensor_parallel as tensor_parallel
 import megatron.core.tensor_parallel.cross_entropy as cross_entropy
 import pytest
 from megatron.core.models.common.language_module import language_module
-from megatron.core.transformer.experimental_attention_variant import dsa_kernels
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.patches.contract import ProbeFailed, Replacement
@@ -53,13 +52,6 @@ NORMALIZE_CONSUMERS = (
         "called_on": "maybe",
     },
 )
-TABLE = "megatron.core.transformer.experimental_attention_variant.dsa_kernels:_BACKEND_MODULE_NAME_BY_BACKEND"
-ROUTE = {
-    "function": "megatron.core.transformer.experimental_attention_variant.dsa_kernels:_get_backend_module_name",
-    "through": "_BACKEND_MODULE_NAME_BY_BACKEND",
-    "called_on": "some",
-}
-OTHER_ROUTE = {**ROUTE, "function": ROUTE["function"].replace("_get_backend_module_name", "_get_dsa_kernel_backend")}
 
 
 def helpers(id: str = "helpers", **more):
@@ -81,10 +73,9 @@ def both() -> tuple[object, ...]:
 @pytest.fixture(autouse=True)
 def originals():
     """Whatever a test does, upstream is as it was."""
-    before = both(), dict(dsa_kernels._BACKEND_MODULE_NAME_BY_BACKEND)
-    yield before[0]
-    assert (both(), dsa_kernels._BACKEND_MODULE_NAME_BY_BACKEND) == before
-    assert all(a is b for a, b in zip(both(), before[0], strict=True))
+    before = both()
+    yield before
+    assert all(a is b for a, b in zip(both(), before, strict=True))
 
 
 def test_a_surface_comes_to_be_active_and_goes_again(originals):
@@ -320,6 +311,14 @@ def test_nothing_is_replaced_once_a_model_exists(originals):
             del model
 
 
+def test_each_surface_may_configure_the_transformer():
+    config = ModuleType("config")
+    made = surface("helpers", configure=lambda config: setattr(config, "kernel", "ours"))
+    with registry((helpers(), made), (loss(), surface("loss"))).activate(plan("helpers", "loss")) as active:
+        active.configure(config)
+    assert config.kernel == "ours"
+
+
 # --- unreviewed ---------------------------------------------------------------------------------------------
 
 
@@ -355,91 +354,6 @@ def test_examining_touches_nothing(originals):
     surfaces = registry((helpers(), surface("helpers")))
     (record,) = surfaces.examine(plan("helpers"), core=CORE)
     assert (record.state, both()) == (State.FINGERPRINT_OK, originals)
-
-
-# --- tables, methods, settings ------------------------------------------------------------------------------
-
-
-def kernels(id="kernels"):
-    return entry(id, replaces(f"{TABLE}[ours]", ROUTE, OTHER_ROUTE))
-
-
-def test_an_entry_of_a_table_can_be_a_module_that_counts_for_one_activation():
-    def replace(originals, hits):
-        assert originals == {}
-        backend = ModuleType("megacpp_stp_kernels")
-        backend.run = lambda: hits.add(ROUTE["function"])
-        return {f"{TABLE}[ours]": Replacement(value=backend)}
-
-    def probe(probe):
-        names = dict.fromkeys((ROUTE["function"], OTHER_ROUTE["function"]), "megacpp_stp_kernels")
-        assert probe.through == {f"{TABLE}[ours]": names}
-        load_ours().run()
-        return "runs"
-
-    def load_ours():
-        config = type("Config", (), {"dsa_kernel_backend": "ours"})
-        return dsa_kernels._load_backend(config)
-
-    surfaces = registry((kernels(), surface("kernels", replace=replace, probe=probe)))
-    with surfaces.activate(plan("kernels")) as active:
-        load_ours().run()
-        assert active.calls() == {"kernels": {ROUTE["function"]: 1}}
-    assert "megacpp_stp_kernels" not in sys.modules
-    with pytest.raises(ValueError, match="dsa_kernel_backend must be one of"):
-        load_ours()
-
-
-def test_what_is_no_function_must_count_itself():
-    replaced = {f"{TABLE}[ours]": Replacement(value="megatron.none")}
-    surfaces = registry((kernels(), surface("kernels", replace=lambda originals, hits: replaced)))
-    with pytest.raises(PatchRefused, match="must count its own calls"):
-        surfaces.activate(plan("kernels"))
-
-
-def test_a_method_is_replaced_in_the_class_that_defines_it():
-    hybrid = "megatron.core.models.hybrid.hybrid_model:HybridModel.forward"
-    consumer = {"function": hybrid, "through": "HybridModel.compute_language_model_loss", "called_on": "some"}
-    original = language_module.LanguageModule.compute_language_model_loss
-    with registry((entry("method", replaces(LOSS, consumer)), surface("method"))).activate(plan("method")):
-        from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-        assert HybridModel.compute_language_model_loss() == ("method", original)
-        assert "compute_language_model_loss" not in vars(HybridModel)
-    assert vars(language_module.LanguageModule)["compute_language_model_loss"] is original
-
-
-def test_a_static_method_stays_one():
-    scaler = "megatron.core.transformer.moe.moe_utils:MoEAuxLossAutoScaler"
-    consumer = {
-        "function": "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
-        "through": "MoEAuxLossAutoScaler.set_loss_scale",
-        "called_on": "maybe",
-    }
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    before = vars(MoEAuxLossAutoScaler)["set_loss_scale"]
-    assert isinstance(before, staticmethod)
-    made = entry("scale", replaces(f"{scaler}.set_loss_scale", consumer))
-    with registry((made, surface("scale"))).activate(plan("scale")):
-        assert isinstance(vars(MoEAuxLossAutoScaler)["set_loss_scale"], staticmethod)
-        assert MoEAuxLossAutoScaler().set_loss_scale() == ("scale", before.__func__)
-    assert vars(MoEAuxLossAutoScaler)["set_loss_scale"] is before
-
-
-def test_a_consumer_that_does_not_name_the_method_is_refused():
-    other = {"function": LOSS, "through": "LanguageModule.set_input_tensor", "called_on": "maybe"}
-    made = entry("lost", replaces(LOSS.replace("compute_language_model_loss", "_set_attention_backend"), other))
-    with pytest.raises(PatchRefused, match="does not use .*_set_attention_backend the way the entry says"):
-        registry((made, surface("lost"))).activate(plan("lost"))
-
-
-def test_each_surface_may_configure_the_transformer():
-    config = ModuleType("config")
-    made = surface("helpers", configure=lambda config: setattr(config, "kernel", "ours"))
-    with registry((helpers(), made), (loss(), surface("loss"))).activate(plan("helpers", "loss")) as active:
-        active.configure(config)
-    assert config.kernel == "ours"
 
 
 # --- the shipped ones ---------------------------------------------------------------------------------------
