@@ -59,6 +59,7 @@ def test_bf16_learns_as_fp32_does(cli, short_run, tmp_path):
         "training.iterations=200",
         "training.log_interval=50",
         "training.eval_interval=100",
+        "training.checkpoint=null",  # Megatron's plain optimizer could not save bf16 beside fp32 parameters
         "optimizer.warmup_iterations=20",
         "stp.start_step=100",
     )
