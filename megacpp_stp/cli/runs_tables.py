@@ -46,6 +46,8 @@ def print_folder(found: Mapping[str, Any], console: Console) -> None:
                 break
         else:
             table.add_row(*map(Text, _folder_row(name, run)))
+            if not run["running"] and (why := run["unseen"] or run["reason"]):
+                said.append(f"{name} is {run['status']}: {shown(why)}")
     console.print(table)
     for line in said:
         console.print(Text(line))
@@ -57,7 +59,7 @@ def _folder_row(name: str, run: Mapping[str, Any]) -> list[str]:
     best = run["best_validation"]
     return [
         name,
-        run["status"],
+        "running" if run["running"] else run["status"],
         run["regime"] or "-",
         f"{run['iterations_done']}/{_or_dash(run['iterations_planned'])}",
         _number(run["last_lm_loss"]),

@@ -10,11 +10,11 @@ from typing import Any
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.facts import value_at
+from megacpp_stp.runs.alive import read_going_on, unseen
 from megacpp_stp.runs.files import METRICS, PLAN, RECEIPT, shown
 from megacpp_stp.runs.gate import Gate, gate_of
 from megacpp_stp.runs.invalid import INVALID, invalid_reason
 from megacpp_stp.runs.opening import open_regular
-from megacpp_stp.runs.receipt import read_receipt
 
 FOLDER_FORMAT = 1
 _TAIL_BYTES = 2**18  # a record has some kB
@@ -68,7 +68,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 
 def _facts(directory: Path) -> dict[str, Any]:
-    receipt = read_receipt(directory)
+    receipt, running = read_going_on(directory)
     gate = gate_of(receipt, field=str(directory / RECEIPT))
     last = last_record(directory / METRICS)
     done = last["iteration"] if last else 0
@@ -78,6 +78,8 @@ def _facts(directory: Path) -> dict[str, Any]:
         "recipe": receipt["recipe"]["name"],
         "status": receipt["status"],
         "reason": receipt["reason"],
+        "running": running,
+        "unseen": unseen(receipt, running),
         "regime": gate.regime_at(done) if gate is not None and done else None,
         "iterations_done": done,
         "iterations_planned": planned if type(planned) is int else None,

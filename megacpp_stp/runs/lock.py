@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from megacpp_stp.errors import UserError
 # Two files, so that a launcher holds its own while its ranks hold theirs. They stay: a lock is on an open file, and a
 # file that was removed could be locked twice.
 LAUNCHER_LOCK, RANKS_LOCK = ".launcher.lock", ".ranks.lock"
+# Whoever only looks whether a lock is free holds it for microseconds (`megacpp_stp.runs.alive`).
+_PATIENCE_S, _AGAIN_S = 0.5, 0.005
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def _held(path: Path, kind: int, *, create: bool = True) -> Iterator[None]:
     try:
         handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)  # no child inherits it
         try:
-            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            _take(handle, kind)
         except BaseException:
             os.close(handle)
             raise
@@ -83,3 +86,19 @@ def _held(path: Path, kind: int, *, create: bool = True) -> Iterator[None]:
     finally:
         with suppress(OSError):
             os.close(handle)
+
+
+def _take(handle: int, kind: int) -> None:
+    """Lock an open file; what is only looked at is free again at once.
+
+    Raises:
+        BlockingIOError: Somebody works there.
+    """
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_AGAIN_S)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.runs.alive import read_going_on, unseen
 from megacpp_stp.runs.files import METRICS, PLAN, RECEIPT, shown, shown_lines
 from megacpp_stp.runs.metrics import Record, mean_of, read_metrics
 from megacpp_stp.runs.opening import require_regular
@@ -38,7 +39,7 @@ def summarise(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: Not a readable run directory.
     """
-    receipt = read_receipt(directory)
+    receipt, running = read_going_on(directory)
     path = directory / METRICS
     records = read_metrics(path) if path.exists() else []  # a run may end before its first iteration
     phases = {
@@ -51,6 +52,8 @@ def summarise(directory: Path) -> dict[str, Any]:
         "recipe": receipt["recipe"]["name"],
         "status": receipt["status"],
         "reason": receipt["reason"],
+        "running": running,
+        "unseen": unseen(receipt, running),
         "parameters": receipt["parameters"],
         "validation": receipt.get("validation", []),
         "substrate": receipt["substrate"],
@@ -78,7 +81,7 @@ def _phase(records: Sequence[Record]) -> dict[str, Any]:
 def print_summary(directory: Path, console: Console) -> None:
     """Print `summarise` as one table."""
     facts = summarise(directory)
-    title = Text(shown(f"{facts['recipe']}: {facts['status']}"))
+    title = Text(shown(f"{facts['recipe']}: {'running' if facts['running'] else facts['status']}"))
     table = Table(title=title, title_justify="left", min_width=60)
     table.add_column("")
     for name, phase in facts["phases"].items():
@@ -89,7 +92,7 @@ def print_summary(directory: Path, console: Console) -> None:
         cells = [_cell(phase[key], form) for phase in facts["phases"].values()]
         if any(cell != "-" for cell in cells):
             table.add_row(label, *cells)
-    console.print(table)
+    console.print(table if facts["phases"] else title)
     if facts["phases"]:
         console.print("a -> b: mean of the first and of the last iterations, at most half of them each", markup=False)
     for record in facts["validation"]:
@@ -100,7 +103,9 @@ def print_summary(directory: Path, console: Console) -> None:
         )
     if facts["resumed_from"]:
         console.print(f"went on from iteration {', '.join(map(str, facts['resumed_from']))}", markup=False)
-    if facts["reason"]:
+    if facts["unseen"]:
+        console.print(f"incomplete: {facts['unseen']}", markup=False)
+    elif facts["reason"] and not facts["running"]:
         console.print(f"incomplete: {shown_lines(facts['reason'])}", markup=False)
     if facts["parameters"]:
         stages = " + ".join(f"{count:,}" for count in facts["parameters"]["by_pipeline_rank"])

@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.text import Text
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.runs.alive import launcher_is_there
+from megacpp_stp.runs.alive import NOT_SEEN, has_ended, launcher_is_there
 from megacpp_stp.runs.files import METRICS, PLAN, RECEIPT, shown
 from megacpp_stp.runs.folder import is_run
 from megacpp_stp.runs.gate import ACTIVE, DORMANT, WARMING, Gate, gate_of
@@ -55,6 +55,7 @@ class Life(StrEnum):
 
     WAITING = "waiting for its first file"
     RUNNING = "running"
+    UNSEEN = "incomplete"
     SILENT = "silent"
     DIED = "died"
     ENDED = "ended early"
@@ -160,13 +161,14 @@ class Watch:
             self._damaged += news.damaged
             for record in news.records:
                 self._take(record["iteration"], numbers_of(record))
+        there = launcher_is_there(self.directory)  # before the receipt, which has the end before the lock is free
         receipt = None
         if (self.directory / RECEIPT).exists():
             try:
                 receipt = read_receipt(self.directory)
             except (UserError, OSError) as error:
                 trouble.append(_first_line(error))
-        life, said = self._life(receipt)
+        life, said = self._life(receipt, there)
         self._facts = Facts(
             life=life,
             said=said,
@@ -184,19 +186,18 @@ class Watch:
         if (step := numbers.get("step_time_s", 0.0)) > 0:
             self._steps.append(step)
 
-    def _life(self, receipt: Mapping[str, Any] | None) -> tuple[Life, str]:
-        if receipt is not None and receipt["status"] == "complete":
-            return Life.COMPLETE, ""
-        if receipt is not None and receipt.get("ended") is not None:
-            return Life.ENDED, shown(receipt["reason"] or "it does not say why")
+    def _life(self, receipt: dict[str, Any] | None, there: bool | None) -> tuple[Life, str]:
+        if receipt is not None and has_ended(receipt):
+            complete = receipt["status"] == "complete"
+            return (Life.COMPLETE, "") if complete else (Life.ENDED, shown(receipt["reason"] or "it does not say why"))
         if receipt is None and not self._history.last:
             return Life.WAITING, ""
         silence = time.time() - _touched(self.directory)
         step = math.fsum(self._steps) / len(self._steps) if self._steps else 0.0
         if silence < max(_SILENT_S, _SILENT_STEPS * step):
-            return Life.RUNNING, ""
+            return (Life.UNSEEN, NOT_SEEN) if there is False else (Life.RUNNING, "")
         since = f"no sign of life for {clock(silence)}"
-        if launcher_is_there(self.directory) is False:
+        if there is False:
             return Life.DIED, f"{since}, and its launcher is gone (or on a machine whose locks are not seen here)"
         return (
             Life.SILENT,
@@ -240,7 +241,7 @@ class Watch:
             return f"iteration {done}"
         text = f"iteration {done}/{planned}, {min(done / planned, 1.0):.0%}"
         left = planned - done
-        if left > 0 and self._steps and self._facts.life in (Life.RUNNING, Life.SILENT):
+        if left > 0 and self._steps and self._facts.life in (Life.RUNNING, Life.UNSEEN, Life.SILENT):
             text += f", {clock(left * math.fsum(self._steps) / len(self._steps))} left (steps alone)"
         room = min(width - len(text) - 2, _WIDEST)
         filled = round(min(done / planned, 1.0) * room)

@@ -1,12 +1,15 @@
 """`megacpp-stp runs show FOLDER` and `runs invalidate`."""
 
+import fcntl
 import json
 import os
 import re
+import threading
 
 import pytest
 
 from megacpp_stp.runs.files import read_json, write_json
+from megacpp_stp.runs.lock import launcher_lock
 from tests.unit.made_runs import SUBSTRATE, answer, loss_of, make_run, refused, runs
 
 
@@ -61,6 +64,56 @@ def test_a_run_that_is_going_on_is_in_the_table(folder):
     (folder / "b" / "metrics.jsonl").unlink()
     assert rows(folder)["b"]["last_lm_loss"] is None
     answer("show", folder)
+
+
+def test_while_its_launcher_is_there_a_run_is_said_to_go_on(folder):
+    run = folder / "b"
+    receipt = read_json(run / "receipt.json")
+    write_json(run / "receipt.json", {**receipt, "ended": None})
+
+    def said():
+        facts = json.loads(answer("show", run, "--format", "json"))
+        assert (rows(folder)["b"]["running"], rows(folder)["b"]["unseen"]) == (facts["running"], facts["unseen"])
+        tables = re.sub(r"\s+", " ", answer("show", folder)), re.sub(r"\s+", " ", answer("show", run))
+        return facts["status"], facts["running"], *("running" in text for text in tables), *tables
+
+    not_seen = "incomplete: no launcher of it is seen on this machine: it was killed, or runs on another machine"
+    *found, table, one = said()
+    assert found == ["incomplete", False, False, False] and f"b is {not_seen}" in table and not_seen in one
+    with launcher_lock(run):
+        *found, table, one = said()
+        assert found == ["incomplete", True, True, True] and "incomplete" not in table + one
+    assert said()[1] is False  # looking has left no lock, and the file that was locked is still there
+    write_json(run / "receipt.json", receipt)
+    with launcher_lock(run):  # its end is written down: the launcher only has not let go yet
+        *found, table, one = said()
+    assert found == ["incomplete", False, False, False] and "incomplete: killed by a test" in one
+    assert "b is incomplete: killed by a test" in table
+
+
+def test_where_locks_cannot_be_seen_a_run_is_not_called_dead(folder):
+    run = folder / "b"
+    write_json(run / "receipt.json", {**read_json(run / "receipt.json"), "ended": None})
+    (run / ".launcher.lock").symlink_to(".launcher.lock")
+    assert rows(folder)["b"]["running"] is None
+    assert "whether its launcher is still there cannot be seen from here" in re.sub(r"\s+", " ", answer("show", run))
+
+
+def test_a_launcher_that_begins_while_somebody_looks_is_not_refused(folder):
+    run = folder / "b"
+    handle = os.open(run / ".launcher.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as one who looks does, for much longer
+    let_go = threading.Timer(0.05, os.close, [handle])
+    let_go.start()
+    with launcher_lock(run):
+        pass
+    let_go.join()
+
+
+def test_a_run_without_an_iteration_has_no_empty_table(folder):
+    (folder / "b" / "metrics.jsonl").unlink()
+    text = answer("show", folder / "b")
+    assert text[text.index("nam56r-tiny: incomplete") :].splitlines()[1].startswith("validation after")
 
 
 def test_only_the_end_of_a_long_file_is_read(folder):

@@ -175,8 +175,9 @@ def test_only_numbers_that_can_be_drawn_are():
 
 def test_a_picture_of_a_run_that_goes_on(tmp_path):
     run = going_on(tmp_path / "run", iterations=24)
-    text = picture(looked(run))
-    assert "nam56r-tiny" in text and "running" in text
+    with launcher_lock(run):
+        text = picture(looked(run))
+    assert "nam56r-tiny" in text and "\nrunning\n" in text
     assert "iteration 24/40, 60%, 0:00 left (steps alone)" in text
     assert "STP: weight 0.02 from iteration 11: active" in text
     ruler = next(line for line in text.splitlines() if "before the gate" in line)
@@ -259,7 +260,11 @@ def test_a_run_whose_launcher_was_killed_is_told_from_one_that_is_only_slow(tmp_
     with launcher_lock(run):  # looking has left no lock
         pass
     append(run / METRICS, 6)
-    assert looked(run).life is Life.RUNNING
+    just_killed = looked(run)
+    assert just_killed.life is Life.UNSEEN
+    assert "incomplete: no launcher of it is seen on this machine" in picture(just_killed)
+    with launcher_lock(run):
+        assert looked(run).life is Life.RUNNING
 
 
 def test_a_run_is_followed_through_a_resume(tmp_path):
