@@ -19,7 +19,8 @@ OF_THE_MACHINE = ("step_time_s", "tokens_per_s", "tflops_per_gpu", "mfu", "goodp
 WEIGHTS = "weights_sha256"  # in a receipt: of the weights after the last iteration, as the layout cuts them
 _CUT = ("pattern", "megatron")  # with the bars between pipeline stages
 _MEASURED = "stp_"
-_VALIDATED = ("lm_loss", "bits_per_byte", "again lm_loss", "again bits_per_byte")
+_DIAGNOSIS = ("stp_effective_rank_by_tap", "stp_clock_share_by_tap", "stp_gradient_share_by_tap")
+_VALIDATED = ("lm_loss", "bits_per_byte")
 _ABSENT = "(nothing)"
 
 
@@ -95,14 +96,14 @@ def _compare(a: RecordedRun, b: RecordedRun, window: Wanted | None) -> Equality:
     if not any(records):
         raise UserError("holds no iteration of either run", field="--window", fix="choose iterations that they have")
     known = [{name for record in side.values() for name in record} for side in records]
-    # What a run measures besides does not change it.
-    alone = {name for name in known[0] ^ known[1] if name.startswith(_MEASURED)}
+    alone = {name for name in known[0] ^ known[1] if _is_measured_besides(name, a, b)}
     names = sorted((known[0] | known[1]) - alone - set(OF_THE_MACHINE), key=lambda name: (name != "lm_loss", name))
     validations = [_validations(run, window) for run in (a, b)]
     weights = [run.receipt.get(WEIGHTS) for run in (a, b)]
     why_not = _why_no_weights(a, b) if window is None else "they are of the whole runs, and a window was asked for"
     both_weights = why_not is None
-    found = _first(records, names, at="") or _first(validations, _VALIDATED, at="validation ")
+    validated = list(dict.fromkeys(name for side in validations for entry in side.values() for name in entry))
+    found = _first(records, names, at="") or _first(validations, validated, at="validation ")
     if found is None and both_weights and weights[0] != weights[1]:
         found = FirstDifference(iteration=None, name=WEIGHTS, a=weights[0], b=weights[1], names=1)
     return Equality(
@@ -111,10 +112,24 @@ def _compare(a: RecordedRun, b: RecordedRun, window: Wanted | None) -> Equality:
         first_difference=found,
         iterations=len(records[0].keys() & records[1].keys()),
         names=tuple(names),
-        validations=sum(2 if _VALIDATED[-1] in entry else 1 for entry in validations[0].values()),
+        validations=sum(len(entry) // len(_VALIDATED) for entry in validations[0].values()),
         weights=both_weights,
         not_compared=tuple(_not_compared(a, b, alone, no_weights=why_not)),
     )
+
+
+def _is_measured_besides(name: str, a: RecordedRun, b: RecordedRun) -> bool:
+    """Whether one run alone was asked to measure a value, which does not change the run."""
+    if not name.startswith(_MEASURED):
+        return False
+    if a.gate is None or b.gate is None:
+        return True
+    taps, often = (
+        [value_at(run.receipt, ["auxiliary_losses", "stp", asked]) for run in (a, b)]
+        for asked in ("taps", "diagnose_every")
+    )
+    head, _, part = name.partition(".")
+    return (bool(part) and taps[0] != taps[1]) or (head in _DIAGNOSIS and often[0] != often[1])
 
 
 def _records(run: RecordedRun, window: Wanted | None) -> dict[int, dict[str, Scalar]]:
@@ -127,8 +142,8 @@ def _validations(run: RecordedRun, window: Wanted | None) -> dict[int, dict[str,
         if _inside(record["iteration"], window):
             # The last iteration may have two: one in the loop, one at the end.
             entry = found.setdefault(record["iteration"], {})
-            again = "again " if entry else ""
-            entry |= {f"{again}{name}": record[name] for name in ("lm_loss", "bits_per_byte")}
+            again = "again " * (len(entry) // len(_VALIDATED))
+            entry |= {f"{again}{name}": record[name] for name in _VALIDATED}
     return found
 
 

@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
             content = handle.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise UserError("is larger than any file of a run", field=shown(path), fix=fix)
-        document = json.loads(content)
+        document = json.loads(content, object_pairs_hook=object_of)
         _check_values(document)
     except OSError as error:
         raise UserError(
@@ -70,6 +70,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError("is no JSON object", field=shown(path), fix=fix)
     return document
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for ``json.loads``.
+
+    Raises:
+        ValueError: A name is there twice: readers would not agree on which of its values counts.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
 
 
 def _check_values(document: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.runs.files import object_of
 from megacpp_stp.runs.opening import reading
 
 Record = dict[str, Any]
@@ -83,7 +84,7 @@ def read_metrics(path: Path) -> list[Record]:
                     fix="the file is damaged; use another run",
                 )
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=object_of)
                 _check(record)
             except (ValueError, OverflowError, RecursionError):
                 damaged = number

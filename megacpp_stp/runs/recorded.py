@@ -191,7 +191,7 @@ def _check_records(records: Sequence[Record], *, path: Path) -> None:
         before = iteration
         for name, value in record.items():
             parts = value.values() if isinstance(value, dict) else (value,)
-            if not all(_is_scalar(part) for part in parts):
+            if "." in name or not all(_is_scalar(part) for part in parts):  # a dot parts a tap from its value's name
                 raise UserError(
                     f"{shown(name)} in iteration {iteration} is nothing that a run writes",
                     field=shown(path),

@@ -134,3 +134,54 @@ def test_each_run_is_compared_with_the_first(pair, tmp_path):
 )
 def test_what_makes_no_sense_with_it_is_refused(pair, more):
     refused("compare", *pair, "--assert-equal", *more)
+
+
+@pytest.mark.parametrize("lost", ["stp_loss", "stp_loss_by_tap"])
+def test_a_value_that_both_runs_should_have_and_one_lacks_throughout_is_a_difference(pair, lost):
+    """It is not one that only the other was asked to measure."""
+    path = pair[1] / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record[lost] = {"6": record[lost]["6"]} if isinstance(record[lost], dict) else record.pop(lost) and None
+        if record[lost] is None:
+            del record[lost]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (found,) = check(*pair)
+    name = {"stp_loss": "stp_loss", "stp_loss_by_tap": "stp_loss_by_tap.12"}[lost]
+    assert not found["equal"] and found["first_difference"]["name"] == name
+
+
+def test_what_one_run_alone_was_asked_to_measure_is_left_out_and_named(tmp_path):
+    diagnosed = make_run(tmp_path / "a", "stp.diagnose_every=1", "stp.weight=0")
+    for iteration in range(1, ITERATIONS + 1):
+        rewrite(diagnosed, iteration, stp_effective_rank_by_tap={"6": 3.0})
+    plain = make_run(tmp_path / "b", "stp.weight=0")
+    (found,) = check(diagnosed, plain)
+    assert found["equal"] and "stp_effective_rank_by_tap: measured by one run only" in found["not_compared"]
+    other_taps = make_run(tmp_path / "c", "stp.taps=[6]", "stp.weight=0")
+    for iteration in range(1, ITERATIONS + 1):
+        rewrite(other_taps, iteration, stp_loss_by_tap={"6": 0.25})
+    (found,) = check(plain, other_taps)
+    assert found["equal"] and any(text.startswith("stp_loss_by_tap") for text in found["not_compared"])
+
+
+def test_each_evaluation_counts(pair):
+    for place, run in enumerate(pair):
+        receipt = read_json(run / "receipt.json")
+        receipt["validation"] = [receipt["validation"][0]] * (2 + place)
+        write_json(run / "receipt.json", receipt)
+    (found,) = check(*pair)
+    assert found["first_difference"]["name"] == "validation again again lm_loss" and found["validations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"lm_loss":', '"lm_loss": 1.5, "lm_loss":'), ('"lm_loss":', '"stp_loss_by_tap.6": 0.25, "lm_loss":')],
+)
+def test_a_name_that_is_there_twice_hides_nothing(pair, old, new):
+    path = pair[1] / "metrics.jsonl"
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert refused("compare", *pair, "--assert-equal").fix == "the file is damaged; use another run"
+    path = pair[0] / "receipt.json"
+    path.write_text(path.read_text().replace('"status":', '"status": "complete", "status":', 1))
+    assert "is not JSON" in refused("show", pair[0]).problem
