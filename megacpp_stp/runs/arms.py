@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.runs.likeness import same_arm
+from megacpp_stp.runs.likeness import SEEDS, likeness, same_arm, some
 from megacpp_stp.runs.recorded import RecordedRun
 
 
@@ -95,8 +95,9 @@ def pair_seeds(base: Arm, other: Arm) -> Pairing:
     left, right = ({run.seed: run for run in arm.runs} for arm in (base, other))
     common = [seed for seed in left if seed in right]
     if not common:
+        arms = [f"{arm.letter} ({', '.join(run.name for run in arm.runs)})" for arm in (base, other)]
         raise UserError(
-            f"arms {base.letter} and {other.letter} have no seed in common",
+            f"arms {' and '.join(arms)} have no seed in common; they are two arms because {_why_two(base, other)}",
             field="training.seed",
             value={arm.letter: [run.seed for run in arm.runs] for arm in (base, other)},
             fix="run both with the same seeds",
@@ -106,3 +107,11 @@ def pair_seeds(base: Arm, other: Arm) -> Pairing:
         left_out=tuple(run for run in (*base.runs, *other.runs) if run.seed not in common),
         same_seeds=True,
     )
+
+
+def _why_two(base: Arm, other: Arm) -> str:
+    """What differs between two arms besides seeds."""
+    paths = [path for path in likeness(base.runs[0], other.runs[0]).paths if path not in SEEDS]
+    if not paths:
+        return "only one of them has its plan.json"
+    return f"{some(paths)} differ{'s' if len(paths) == 1 else ''}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.diff import compare
 from megacpp_stp.plan.env_guard import computing_environment
 from megacpp_stp.plan.facts import Side, value_at
 from megacpp_stp.runs.files import METRICS, PLAN, RECEIPT, read_json, shown
@@ -163,11 +164,13 @@ def read_run(directory: Path, *, name: str) -> RecordedRun:
     _check_end(records, receipt, path=path)
     gate = gate_of(receipt, field=str(directory / RECEIPT))
     _check_evidence(records, gate, path=path)
+    side = read_side(str(directory), directory / RECEIPT)
+    _check_plan(side, path=directory / RECEIPT)
     return RecordedRun(
         directory=directory,
         name=shown(name),
         receipt=receipt,
-        side=read_side(str(directory), directory / RECEIPT),
+        side=side,
         gate=gate,
         records=tuple(records),
     )
@@ -247,6 +250,25 @@ def _check_evidence(records: Sequence[Record], gate: Gate | None, *, path: Path)
                 field=shown(path),
                 fix="what ran is not what the receipt says; use another run",
             )
+
+
+def _check_plan(side: Side, *, path: Path) -> None:
+    """Refuse a receipt that says otherwise than the plan that it is of, where it repeats it.
+
+    Raises:
+        UserError: With the first thing that it says otherwise.
+    """
+    if side.plan is None:
+        return
+    parts = replace(side, kind="plan", receipt=None), replace(side, kind="receipt", plan=None)
+    for item in compare(*parts).differences:
+        if item.path.startswith("patches."):
+            continue  # what became of those that were planned is the receipt's to say
+        raise UserError(
+            f"says {item.path} {shown(item.b)}, and its plan {shown(item.a)}",
+            field=shown(path),
+            fix="the receipt is not of this plan, or was edited; use another run",
+        )
 
 
 def _is_scalar(value: Any) -> bool:

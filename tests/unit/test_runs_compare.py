@@ -298,6 +298,26 @@ def test_the_same_data_may_lie_elsewhere(tmp_path):
     assert compare(a, b)["pairs"][0]["controlled"]
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("pattern", "source"), "AEMEAEMEAEMM"),
+        (("topology", "tensor"), 2),
+        (("seeds", "training"), 77),
+        (("auxiliary_losses", "stp", "n_spans"), 9),
+    ],
+)
+def test_a_receipt_that_says_otherwise_than_its_plan_is_refused(pair, path, value):
+    """Tables show what the receipt says, and likeness is judged by the plan."""
+    receipt = read_json(pair[1] / "receipt.json")
+    write_json(pair[1] / "receipt.json", changed(receipt, path, value))
+    error = refused("compare", *pair, "--allow-unlike")
+    assert (
+        f" {value}, and its plan " in error.problem
+        and "its plan" in refused("report", pair[1], "--output", "x").problem
+    )
+
+
 def test_a_receipt_without_its_plan_is_not_controlled(pair):
     (pair[1] / "plan.json").unlink()
     found = compare(*pair)

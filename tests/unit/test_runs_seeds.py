@@ -76,15 +76,17 @@ def test_one_seed_without_its_plan_is_an_arm_of_its_own(tmp_path):
 
 
 def test_partners_are_found_by_the_seed_that_ran(tmp_path):
-    """A plan is held by its digest; what a receipt repeats of it may have been edited."""
+    """A plan is held by its digest; a receipt that repeats another seed was edited, and pairs with nothing."""
     for seed in (1, 2):
         loss = partial(loss_of, seed=seed)
         make_run(tmp_path / f"a{seed}", WITHOUT, f"training.seed={seed}", loss=loss)
         run = make_run(tmp_path / f"b{seed}", f"training.seed={seed}", loss=loss)
-        receipt = read_json(run / "receipt.json")
-        write_json(run / "receipt.json", {**receipt, "seeds": {"training": 3 - seed, "stp": 1}})
-    (pair,) = compare(*(tmp_path / name for name in ("a1", "a2", "b1", "b2")))["pairs"]
+    four = [tmp_path / name for name in ("a1", "a2", "b1", "b2")]
+    (pair,) = compare(*four)["pairs"]
     assert (pair["seeds"], pair["by_seed"]) == ([1, 2], [0.0, 0.0])
+    receipt = read_json(run / "receipt.json")
+    write_json(run / "receipt.json", {**receipt, "seeds": {"training": 1, "stp": 1}})
+    assert "says training.seed 1, and its plan 2" in refused("compare", *four).problem
 
 
 def test_two_seeds_are_averaged_and_the_rest_is_said(tmp_path):
@@ -115,7 +117,8 @@ def test_seeds_in_twos(tmp_path):
     assert found["pairs"][0]["standing"] == "not controlled: training.seed differs too"
     assert any("other batches" in note for note in found["notes"])
     three = seeded(tmp_path, [3], better=0.5)[0]
-    assert "no seed in common" in refused("compare", one, two, three).problem
+    problem = refused("compare", one, two, three).problem
+    assert "no seed in common; they are two arms because " in problem and "stp." in problem
 
 
 def test_seeds_alone_show_what_a_seed_makes(tmp_path):
