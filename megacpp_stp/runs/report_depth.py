@@ -187,13 +187,16 @@ def _draw(figure: Figure, report: Report, depths: list[Depth], *, narrow: bool) 
         axes.set_visible(False)
     for axes in panels[max(len(depths) - columns, 0) : len(depths)]:
         axes.set_xlabel("iteration")
-    below = {"location": "bottom", "aspect": 30, "pad": 0.02}
+    below = {"location": "bottom", "aspect": 50, "pad": 0.02}  # as wide as the panels, or the numbers touch
     beside = {"shrink": min(1.0, 2.4 / (lines * height)), "aspect": 16, "pad": 0.015}
     bar = figure.colorbar(image, ax=list(panels), format=_scale, **(below if narrow else beside))
     bar.outline.set_visible(False)
     bar.locator.set_params(nbins=3 if narrow else 6)
     bar.update_ticks()
-    bar.ax.set_title("straightness (STP loss)" if narrow else "straightness\n(STP loss)", size=8)
+    if narrow:  # a title would touch the panels' "iteration"
+        bar.set_label("straightness (STP loss)", size=8)
+    else:
+        bar.ax.set_title("straightness\n(STP loss)", size=8)
 
 
 def _scale(value: float, _place: object) -> str:

@@ -218,6 +218,24 @@ def test_what_is_no_stp_loss_is_refused(pair, value):
         depths_of(build_report(pair))
 
 
+def test_no_words_of_a_narrow_heat_map_touch(tmp_path):
+    from megacpp_stp.runs.report_ink import _drawn, _style
+
+    run = make_run(tmp_path / "run")
+    edit_records(run, lambda record: record.update(stp_loss_by_tap={"6": 1.2, "12": 1.75}))
+    plot = depth_plot(build_report([run]))
+    with _style():
+        figure = _drawn(plot, narrow=True)
+        figure.draw_without_rendering()
+        panel, bar = figure.axes
+        low, high = bar.get_xlim()
+        numbers = [label for label in bar.get_xticklabels() if low <= label.get_position()[0] <= high]
+        words = [*numbers, panel.xaxis.label, bar.xaxis.label, bar.title]
+        boxes = [word.get_window_extent() for word in words if word.get_text()]
+    assert len(boxes) >= 4
+    assert not [(a, b) for place, a in enumerate(boxes) for b in boxes[:place] if a.overlaps(b)]
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("evaluated", [{}, {5: 4.0}])
 def test_curves_keep_their_room_where_nothing_was_evaluated(tmp_path, evaluated, narrow):
