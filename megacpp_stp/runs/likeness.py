@@ -16,6 +16,11 @@ SEEDS = ("training.seed", "stp.seed")
 _BATCH = ("training.global_batch_size", "training.micro_batch_size", "training.sequence_length", "micro_batches")
 _PATTERN = ("model.pattern", "model.depth", "layout.source_pattern")
 _MEGATRON_PATTERN = "layout.megatron_pattern"
+# Where Megatron's writers put the numbers, and under what name: nothing that is computed.
+_WRITTEN_TO = tuple(
+    f"megatron.{name}"
+    for name in ("tensorboard-dir", "wandb-project", "wandb-entity", "wandb-exp-name", "wandb-save-dir")
+)
 _MOST_NAMED = 6
 _KIND_OF_GROUP = {"substrate": "substrate", "environment": "substrate", "parallelism": "parallelism"}
 
@@ -74,7 +79,7 @@ def likeness(a: RecordedRun, b: RecordedRun) -> Likeness:
         # Where the data lies does not matter once its content is known: that is compared.
         item
         for item in found.differences
-        if not (item.path == "data.path" and data_known)
+        if not (item.path in _WRITTEN_TO or (item.path == "data.path" and data_known))
     )
     unlike: dict[str, list[str]] = {}
     for kind, what in (*_differing_kinds(differences), *_codes(a, b), *_unknown(a, b)):

@@ -293,6 +293,19 @@ def test_what_neither_run_says_is_not_alike(tmp_path, part):
     assert f"unlike in {part} (a does not say, b does not say)" in refused("compare", a, b).problem
 
 
+def test_where_tensorboard_and_wandb_write_does_not_matter(tmp_path):
+    """Each run has a folder of its own there: two seeds would be two arms, and nothing controlled."""
+    runs = [
+        make_run(tmp_path / f"{name}{seed}", *stp, f"training.seed={seed}", f"megatron.{flag}=/tb/{name}{seed}")
+        for name, flag, stp in (("a", "tensorboard-dir", [WITHOUT]), ("b", "wandb-exp-name", []))
+        for seed in (1, 2)
+    ]
+    found = compare(*runs)
+    assert found["title"].startswith("controlled comparison") and found["pairs"][0]["seeds"] == [1, 2]
+    other = make_run(tmp_path / "c", WITHOUT, "training.seed=1", "megatron.manual-gc=true")
+    assert "megatron.manual-gc" in compare(runs[0], other)["pairs"][0]["standing"]
+
+
 def test_the_same_data_may_lie_elsewhere(tmp_path):
     a, b = make_run(tmp_path / "a", WITHOUT), make_run(tmp_path / "b", "data.path=data/elsewhere")
     assert compare(a, b)["pairs"][0]["controlled"]
