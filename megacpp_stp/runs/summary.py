@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megacpp_stp.errors import UserError
+from megacpp_stp.plan.facts import value_at
 from megacpp_stp.runs.alive import read_going_on, unseen
 from megacpp_stp.runs.files import METRICS, PLAN, RECEIPT, shown, shown_lines
 from megacpp_stp.runs.metrics import Record, mean_of, read_metrics
@@ -34,7 +35,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 def summarise(directory: Path) -> dict[str, Any]:
     """The run's facts and its phases as plain data.
 
-    Phases are the iterations before the STP gate and after it; a run without STP has one.
+    Phases are the iterations before the STP gate and after it; a run without STP, or with its weight 0, has one.
 
     Raises:
         UserError: Not a readable run directory.
@@ -42,10 +43,13 @@ def summarise(directory: Path) -> dict[str, Any]:
     receipt, running = read_going_on(directory)
     path = directory / METRICS
     records = read_metrics(path) if path.exists() else []  # a run may end before its first iteration
+    # STP of weight 0 is measured and has no gate. Whatever else a record says is shown.
+    weight = value_at(receipt, ["auxiliary_losses", "stp", "weight"])
+    has_gate = weight != 0 or any(record.get("stp_active") for record in records)
     phases = {
-        "before the gate": [record for record in records if record.get("stp_active") is False],
-        "after the gate": [record for record in records if record.get("stp_active") is True],
-        "whole run": [record for record in records if "stp_active" not in record],
+        "before the gate": [record for record in records if has_gate and record.get("stp_active") is False],
+        "after the gate": [record for record in records if has_gate and record.get("stp_active") is True],
+        "whole run": [record for record in records if not has_gate or "stp_active" not in record],
     }
     return {
         "directory": str(directory),

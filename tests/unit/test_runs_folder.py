@@ -21,7 +21,7 @@ def folder(tmp_path):
     make_run(
         folder / "c",
         "stp.weight=0",
-        substrate={**SUBSTRATE, "hardware": {"device": "cuda", "gpu": "NVIDIA H200"}},
+        substrate={**SUBSTRATE, "hardware": {"device": "cpu", "gpu": "NVIDIA H200"}},
     )
     (folder / "notes").mkdir()
     (folder / "file").write_text("x")
@@ -52,6 +52,12 @@ def test_one_run_is_shown_as_before(folder):
     assert json.loads(answer("show", folder / "a", "--format", "json"))["invalid"] is None
     assert "is neither a run directory nor a folder of them" in refused("show", folder / "notes").problem
     refused("show", folder / "nowhere")
+
+
+def test_a_run_that_only_measures_stp_has_no_gate(folder):
+    phases = json.loads(answer("show", folder / "c", "--format", "json"))["phases"]
+    assert list(phases) == ["whole run"] and "gate" not in answer("show", folder / "c")
+    assert phases["whole run"]["stp_loss"] == {"first": 0.5, "last": 0.5}
 
 
 def test_a_run_that_is_going_on_is_in_the_table(folder):
