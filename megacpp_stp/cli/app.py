@@ -11,6 +11,7 @@ import typer
 
 from megacpp_stp import __version__
 from megacpp_stp.errors import UserError
+from megacpp_stp.runs.files import shown_lines
 
 # Where each command is: its module, and the function or the group of commands in it.
 _COMMANDS = {
@@ -75,10 +76,10 @@ def run(argv: Sequence[str]) -> int:
         app = build_app(argv[:1]) if argv and argv[0] in _COMMANDS else build_app()
         app(list(argv), prog_name="megacpp-stp")
     except UserError as error:
-        print(f"megacpp-stp: {error}", file=sys.stderr)
+        print(shown_lines(f"megacpp-stp: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"megacpp-stp: {error}", file=sys.stderr)  # a full disk, most likely
+        print(shown_lines(f"megacpp-stp: {error}"), file=sys.stderr)  # a full disk, most likely
         return 1
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)

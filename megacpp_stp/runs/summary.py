@@ -114,7 +114,7 @@ def print_summary(directory: Path, console: Console) -> None:
     if facts["parameters"]:
         stages = " + ".join(f"{count:,}" for count in facts["parameters"]["by_pipeline_rank"])
         console.print(f"parameters: {facts['parameters']['total']:,} ({stages} by pipeline rank)", markup=False)
-    console.print(Text(f"run directory: {directory}"))
+    console.print(Text(f"run directory: {shown(directory)}"))
 
 
 def print_what_ran(directory: Path, console: Console) -> None:

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from megacpp_stp.cli.app import run
 from megacpp_stp.runs.files import read_json, write_json
 from megacpp_stp.runs.lock import launcher_lock
 from tests.unit.made_runs import SUBSTRATE, answer, loss_of, make_run, refused, runs
@@ -216,3 +217,14 @@ def test_nothing_in_a_name_reaches_the_terminal(folder):
     receipt["substrate"]["hardware"]["gpu"] = "\x1b[2JGPU"
     write_json(folder / "c" / "receipt.json", receipt)
     assert not re.search("[^\x20-\x7e\n\u2500-\u257f]", answer("show", folder))
+    assert "\x1b" not in answer("show", folder / "\x1b[2Ja")
+
+
+def test_nothing_in_a_message_reaches_the_terminal(folder, capsys):
+    """Some name a file as it is called."""
+    hostile = folder / "\x1b[2Ja"
+    os.rename(folder / "a", hostile)
+    (hostile / "metrics.jsonl").write_text("{}\n{}\n")
+    assert run(["runs", "compare", str(folder / "b"), str(hostile)]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "u001b[2Ja/metrics.jsonl: line 1 is not a metrics record" in said
