@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from megacpp_stp.errors import UserError
 from megacpp_stp.recipe.section import Section
-from megacpp_stp.recipe.yaml_loader import parse_yaml, read_yaml
+from megacpp_stp.recipe.yaml_loader import parse_yaml, read_source
 from megacpp_stp.runs.likeness import SEEDS
 from megacpp_stp.runs.window import Wanted, parse_window
 
@@ -72,10 +72,11 @@ def read_matrix(path: Path) -> Matrix:
     Raises:
         UserError: With the place in the file, and the fix.
     """
-    data = read_yaml(path)
+    text = read_source(path)
+    data = parse_yaml(text, name=str(path))
     if not isinstance(data, dict):
         raise UserError("is not a mapping of keys to values", field=str(path), fix="start from docs/ablate.md")
-    tree = _tree(path)
+    tree = _tree(text)
     try:
         # JSON mode: strict types, while a YAML list may still become a tuple.
         matrix = Matrix.model_validate_json(json.dumps(data))
@@ -85,9 +86,9 @@ def read_matrix(path: Path) -> Matrix:
     return matrix
 
 
-def _tree(path: Path) -> yaml.Node | None:
+def _tree(text: str) -> yaml.Node | None:
     """The file with its lines and columns."""
-    node: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
     return node
 
 

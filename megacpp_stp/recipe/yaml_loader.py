@@ -14,6 +14,7 @@ import yaml
 
 from megacpp_stp.errors import UserError
 
+_LONGEST_SOURCE = 2**20  # of what people write; a shipped recipe has a few thousand
 _MOST_NESTING = 20
 # All that a file without explicit tags makes; !!set, !!binary or !!timestamp make what no recipe holds.
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
@@ -136,10 +137,24 @@ def read_yaml(path: Path) -> Any:
     Raises:
         UserError: The file cannot be read, is not UTF-8, or is not YAML.
     """
+    return parse_yaml(read_source(path), name=str(path))
+
+
+def read_source(path: Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        UserError: The file cannot be read, is not UTF-8, or is too long.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as handle:
+            text = handle.read(_LONGEST_SOURCE + 1)  # a device has no end
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", field=str(path), fix="check the path") from None
     except UnicodeDecodeError:
         raise UserError("is not UTF-8 text", field=str(path), fix="save it as UTF-8") from None
-    return parse_yaml(text, name=str(path))
+    if len(text) > _LONGEST_SOURCE:
+        raise UserError(
+            f"has more than {_LONGEST_SOURCE:,} characters", field=str(path), fix="start from a shipped recipe"
+        )
+    return text

@@ -1,6 +1,8 @@
 """Matrix files: what is read, what is refused and where, and which runs are planned in which order."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -222,3 +224,21 @@ def test_a_dry_run_lists_the_runs_and_touches_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["m.yaml"]
     refused = call("--resume")
     assert isinstance(refused.exception, UserError) and refused.exception.field == "--run-dir"
+
+
+def test_a_file_is_read_once_and_not_without_end(tmp_path):
+    """A pipe, as of a shell's <(...), has its text once; a device as /dev/zero has no end."""
+    source = tmp_path / "m.yaml"
+    write_matrix(source, zzz=1)
+    text = source.read_text()
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    with pytest.raises(UserError, match="unknown key") as caught:
+        read_matrix(Path(f"/dev/fd/{reading}"))
+    os.close(reading)
+    assert "line " in caught.value.field
+    long = tmp_path / "long.yaml"
+    long.write_text("# and so on\n" * 100_000)
+    with pytest.raises(UserError, match="has more than 1,048,576 characters"):
+        read_matrix(long)
