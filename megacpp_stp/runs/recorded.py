@@ -21,6 +21,7 @@ from megacpp_stp.runs.metrics import Record, read_metrics
 from megacpp_stp.runs.opening import require_regular
 from megacpp_stp.runs.receipt import read_receipt
 from megacpp_stp.runs.sides import read_side
+from megacpp_stp.runs.what_ran import cell
 
 Scalar = float | int | str | bool | None
 _LAST_ITERATION = 2**53
@@ -265,7 +266,7 @@ def _check_plan(side: Side, *, path: Path) -> None:
         if item.path.startswith("patches."):
             continue  # what became of those that were planned is the receipt's to say
         raise UserError(
-            f"says {item.path} {shown(item.b)}, and its plan {shown(item.a)}",
+            f"says {shown(item.path)} {cell(item.b)}, and its plan {cell(item.a)}",
             field=shown(path),
             fix="the receipt is not of this plan, or was edited; use another run",
         )
