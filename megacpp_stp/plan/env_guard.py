@@ -55,6 +55,19 @@ def check_environment(variables: Iterable[EnvVar], recipe: Recipe, found: Mappin
     raise UserError(problem, field=name, fix=fix + more)
 
 
+def replaced(variables: Iterable[EnvVar], found: Mapping[str, str]) -> Iterator[str]:
+    """What of a shell the ranks do not get, in a line each: a variable that the run may set to another value.
+
+    Args:
+        variables: The plan's and the run's.
+        found: The environment of the launcher.
+    """
+    for known in variables:
+        value = found.get(known.name, known.value)
+        if known.replaces and value != known.value:
+            yield f"{known.name}: is set to {value!r}; the ranks get {known.value!r}: {known.why}"
+
+
 def _findings(
     variables: Mapping[str, EnvVar], recipe: Recipe, found: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str]]:

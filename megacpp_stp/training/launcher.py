@@ -14,7 +14,7 @@ from typing import Protocol
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import RunPlan
 from megacpp_stp.plan.env import EnvVar, run_environment
-from megacpp_stp.plan.env_guard import check_environment
+from megacpp_stp.plan.env_guard import check_environment, replaced
 from megacpp_stp.plan.placement import place
 from megacpp_stp.plan.render_world import warnings
 from megacpp_stp.runs.attempts import rewind
@@ -112,7 +112,10 @@ class Launch:
         Raises:
             UserError: What is missing or does not fit.
         """
-        check_environment(self.variables(self.start()), self.plan.recipe, os.environ)
+        variables = self.variables(self.start())
+        check_environment(variables, self.plan.recipe, os.environ)
+        for text in replaced(variables, os.environ):
+            say(text)
         if self.rank:
             return  # the rest once node 0 has offered a run, so that it hears of it
         for text in warnings(place(self.plan.recipe)):

@@ -10,7 +10,7 @@ import pytest
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
 from megacpp_stp.plan.env import environment, run_environment
-from megacpp_stp.plan.env_guard import check_environment, recorded_environment, shown_environment
+from megacpp_stp.plan.env_guard import check_environment, recorded_environment, replaced, shown_environment
 from megacpp_stp.recipe import find_recipe, list_recipes, load_recipe
 from megacpp_stp.recipe.yaml_loader import read_yaml
 from tests.recipes import STAND_INS
@@ -149,6 +149,13 @@ def test_all_findings_are_told_at_once():
     text = str(caught.value)
     assert all(name in text for name in ("OMP_NUM_THREADS", "NCCL_ALGO", "HF_HUB_OFFLINE"))
     assert "HF_HUB_OFFLINE: null" not in text  # no recipe can allow that
+
+
+def test_what_a_run_replaces_of_a_shell_is_said_and_nothing_else():
+    plan = build_plan(load_recipe("nam56r-tiny"), device="cpu")
+    assert list(replaced(plan.env, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "8", "HOME": "x"})) == []
+    (told,) = replaced(plan.env, {"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert "CUDA_VISIBLE_DEVICES: is set to '0,1'; the ranks get ''" in told
 
 
 def test_the_places_of_a_run_are_its_own():

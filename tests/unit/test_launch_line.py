@@ -221,6 +221,13 @@ def test_an_environment_against_the_plan_is_refused_first(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_launch_says_which_variable_it_replaces(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert run(["launch", "nam56r-tiny", "--device", "cpu"]) == 2  # there is no data
+    assert "megacpp-stp: CUDA_VISIBLE_DEVICES: is set to '5'; the ranks get ''" in capsys.readouterr().err
+
+
 @pytest.fixture
 def directory(tmp_path):
     Receipt.create(tmp_path, plan_facts(build_plan(load_recipe("nam56r-tiny"), device="cpu").as_dict()))
