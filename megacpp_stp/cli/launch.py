@@ -251,6 +251,13 @@ def _planned_there(run_dir: Path, *, needed: bool) -> dict[str, Any] | None:
     from megacpp_stp.runs.begun import nothing_has_run
     from megacpp_stp.runs.files import PLAN
 
+    try:
+        os.stat(run_dir)
+    except FileNotFoundError:
+        pass  # said by whoever reads it
+    except OSError as error:
+        problem, fix = f"cannot be read: {error.strerror}", "name the run's directory, or mend its permissions"
+        raise UserError(problem, field="--run-dir", value=str(run_dir), fix=fix) from None
     if nothing_has_run(run_dir) and not (run_dir / PLAN).exists():
         if needed:
             problem = f"is needed: nothing has run in {run_dir}, and it holds no plan"

@@ -107,8 +107,8 @@ def _need(plan: RunPlan, *, from_iteration: int) -> tuple[int, str]:
 
 
 def _nearest(path: Path) -> Path:
-    """The first of a path and its parents that is there."""
-    return next((place for place in (path, *path.absolute().parents) if place.exists()), Path("/"))
+    """The first of a path and its parents that is there, as far as this user may look."""
+    return next((place for place in (path, *path.absolute().parents) if os.path.exists(place)), Path("/"))
 
 
 def _reads(path: Path) -> bool:

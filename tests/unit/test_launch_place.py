@@ -270,3 +270,9 @@ def test_a_directory_without_a_plan_needs_the_recipe(place, capsys):
     place("begun")
     assert command(["launch", "--resume", "--run-dir", "run", "--dry-run"]) == 2
     assert "RECIPE: is needed: nothing has run in run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [(), ("nam56r-tiny",)])
+def test_a_directory_that_the_system_refuses_to_look_at_is_a_mistake_and_no_crash(capsys, recipe):
+    assert command(["launch", *recipe, "--resume", "--run-dir", "x" * 300]) == 2
+    assert "--run-dir: cannot be read: File name too long" in capsys.readouterr().err

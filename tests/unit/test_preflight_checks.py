@@ -1,6 +1,7 @@
 """Each check of preflight, both ways, on machines that are not here."""
 
 import json
+import os
 import shutil
 import tomllib
 from dataclasses import replace
@@ -354,6 +355,19 @@ def test_the_disk_must_hold_metrics_and_checkpoints(tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert verdicts(check_place, CPU_MACHINE, CPU, run_dir=tmp_path / "file" / "run") == {"run directory": REFUSED}
+    assert verdicts(check_place, CPU_MACHINE, CPU, run_dir=tmp_path / ("x" * 300))["run directory"] is FINE  # no crash
+    with monkeypatch.context() as locked:  # root may look anywhere
+
+        def stat(path, *more, real=os.stat, **kwargs):
+            if str(path).startswith(f"{tmp_path}/secret/"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *more, **kwargs)
+
+        (tmp_path / "secret").mkdir()
+        locked.setattr("os.stat", stat)
+        locked.setattr("os.access", lambda path, mode: str(path) != f"{tmp_path}/secret")
+        place = tmp_path / "secret" / "in" / "run"
+        assert verdicts(check_place, CPU_MACHINE, CPU, run_dir=place) == {"run directory": REFUSED}
     # By what the system says, since root may write anywhere.
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert verdicts(check_place, CPU_MACHINE, CPU, run_dir=tmp_path / "run") == {"run directory": REFUSED}
