@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -89,18 +89,15 @@ def launch_command(
     _check_resume(recipe, run_dir, resume=resume, allow_plan_change=allow_plan_change)
     loaded, planned_device = _wanted(recipe, set_ or (), run_dir if resume else None, nnodes=nnodes)
     _check_world(loaded, nproc=nproc)
-    if script is not None:
-        _print_script(script, loaded, given=recipe, device=device)
-        return
+    of_node: dict[str, object] = {"--node-rank": node_rank, "--rdzv-endpoint": rdzv_endpoint, "--rdzv-id": rdzv_id}
     if format is not DryRunFormat.TABLE and not dry_run:
         raise UserError("is for --dry-run", field="--format", value=format.value, fix="add --dry-run")
-    node = this_node(
-        loaded,
-        {"--node-rank": node_rank, "--rdzv-endpoint": rdzv_endpoint, "--rdzv-id": rdzv_id},
-        port=port,
-        run_dir=run_dir,
-        timeout=node_timeout,
-    )
+    if script is not None:
+        lost = {"--dry-run": dry_run, "--resume": resume, "--run-dir": run_dir, "--port": port, **of_node}
+        _check_script({**lost, "--allow-unreviewed": allow_unreviewed})
+        _print_script(script, loaded, given=recipe, device=device)
+        return
+    node = this_node(loaded, of_node, port=port, run_dir=run_dir, timeout=node_timeout)
     launch, why = _planned(
         loaded, device or planned_device, node=node, port=port, run_dir=run_dir, allowed=allow_unreviewed or ()
     )
@@ -210,6 +207,14 @@ def _print_dry_run(launch: Launch, form: DryRunFormat) -> None:
         check_environment(launch.variables(launch.start()), launch.plan.recipe, os.environ)
     except UserError as error:
         print(f"megacpp-stp: a launch from this shell would be refused: {error}", file=sys.stderr)
+
+
+def _check_script(given: Mapping[str, object]) -> None:
+    """Refuse options that a script does not hold, and that would be lost without a word."""
+    for option, value in given.items():
+        if value is not None and value is not False:
+            fix = "leave it out here; a script hands the options that it is started with on to its launch"
+            raise UserError("is not for --script", field=option, fix=fix)
 
 
 def _print_script(kind: ScriptKind, recipe: Recipe, *, given: str | None, device: str | None) -> None:

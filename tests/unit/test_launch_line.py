@@ -183,6 +183,12 @@ def test_a_dry_run_says_all_and_touches_nothing(tmp_path, monkeypatch, capsys, f
         (("--format", "json"), "--format: is for --dry-run"),
         (("--script", "shell"), "--script: is for several nodes"),
         (("--script", "slurm", "--device", "auto"), "--device: is found out on a node"),
+        (("--script", "slurm", "--run-dir", "x"), "--run-dir: is not for --script"),
+        (("--script", "slurm", "--port", "1"), "--port: is not for --script"),
+        (("--script", "slurm", "--dry-run", "--format", "json"), "--dry-run: is not for --script"),
+        (("--script", "slurm", "--format", "json"), "--format: is for --dry-run"),
+        ((*SETS, "--script", "shell", "--node-rank", "0"), "--node-rank: is not for --script"),
+        (("--script", "slurm", "--allow-unreviewed", "dsa-memory"), "--allow-unreviewed: is not for --script"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, words, says):
