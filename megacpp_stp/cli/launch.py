@@ -141,7 +141,7 @@ def _run(
             print(f"the run in {launch.run_dir} is complete: nothing to do", file=aside)
             return
         launch = going_on
-        print(_where(launch), file=aside, flush=True)
+        print("\n".join([_where(launch), *_changes(launch)]), file=aside, flush=True)
     if dry_run is not None:
         launch.rehearse()
         _print_dry_run(launch, dry_run)
@@ -178,6 +178,18 @@ def _where(launch: Launch) -> str:
         return f"nothing has run in {launch.run_dir}: begins there from iteration 0"
     start = launch.from_iteration
     return f"goes on from iteration {start}" if start else "no checkpoint yet: begins anew"
+
+
+def _changes(launch: Launch) -> list[str]:
+    """What the run goes on with in place of what its plan says, in lines of their own."""
+    from megacpp_stp.plan.changes import changes
+    from megacpp_stp.runs.attempts import read_run_plan
+    from megacpp_stp.runs.files import PLAN
+
+    if launch.rank or not (launch.run_dir / PLAN).exists():  # node 0 tells, and may be writing it
+        return []
+    found = changes(read_run_plan(launch.run_dir), launch.plan.as_dict())
+    return ["changes the run's plan:", *(f"  {line}" for line in found)] if found else []
 
 
 def _print_dry_run(launch: Launch, form: DryRunFormat) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megacpp_stp.errors import UserError
-from megacpp_stp.plan.diff import compare
+from megacpp_stp.plan.diff import Difference, PlanDiff, compare
 from megacpp_stp.plan.facts import Side
 
 # Fields, and sections with all below them, that change neither the model nor the loss nor what a checkpoint holds.
@@ -38,12 +38,11 @@ def check_changes(planned: Mapping[str, Any], wanted: Mapping[str, Any], *, allo
     """
     if planned["digest"] == wanted["digest"]:
         return
-    found = compare(*(Side(given="", kind="plan", digest=plan["digest"], plan=plan) for plan in (planned, wanted)))
+    found = _compared(planned, wanted)
     fixed = [item for item in found.differences if not _may_change(item.path)]
     if allowed and not fixed:
         return
-    items = fixed or found.differences or found.labels
-    listed = [f"{item.path}: {item.a!r} in the run, {item.b!r} here" for item in items]
+    listed = _listed(fixed or found.differences or found.labels)
     more = f"\n  and {len(listed) - _MOST_SHOWN} more" if len(listed) > _MOST_SHOWN else ""
     if fixed:
         fix = "leave these as they are in the run, or start a new one; may change: " + ", ".join(MAY_CHANGE)
@@ -54,6 +53,27 @@ def check_changes(planned: Mapping[str, Any], wanted: Mapping[str, Any], *, allo
         field="--resume",
         fix=fix,
     )
+
+
+def changes(planned: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What is different in the plan that a run goes on with, in a line each; none where it is the run's.
+
+    Args:
+        planned: The run's plan as plain data.
+        wanted: The plan that it goes on with.
+    """
+    if planned["digest"] == wanted["digest"]:
+        return []
+    found = _compared(planned, wanted)
+    return _listed(found.differences or found.labels)
+
+
+def _compared(planned: Mapping[str, Any], wanted: Mapping[str, Any]) -> PlanDiff:
+    return compare(*(Side(given="", kind="plan", digest=plan["digest"], plan=plan) for plan in (planned, wanted)))
+
+
+def _listed(items: Iterable[Difference]) -> list[str]:
+    return [f"{item.path}: {item.a!r} in the run, {item.b!r} here" for item in items]
 
 
 def _may_change(path: str) -> bool:

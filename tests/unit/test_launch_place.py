@@ -257,6 +257,15 @@ def test_a_dry_run_of_what_can_go_on_says_where(tmp_path, place, capsys, kind, s
     assert tree(tmp_path) == before
 
 
+def test_what_a_resume_changes_of_the_plan_is_listed(tmp_path, place, capsys):
+    place("run")
+    assert "changes" not in dry(capsys, "--resume")[2]
+    before = tree(tmp_path)
+    status, _, err = dry(capsys, "--resume", "--allow-plan-change", "--set", "training.log_interval=3")
+    assert (status, tree(tmp_path)) == (0, before)
+    assert "changes the run's plan:\n  training.log_interval: 10 in the run, 3 here\n" in err
+
+
 def test_a_dry_run_of_a_node_to_which_a_run_is_offered_is_no_mistake(tmp_path, place, capsys):
     directory = place("begun")
     status, _, err = dry(capsys, *NODES, "--node-rank", "1")
