@@ -158,6 +158,16 @@ class DatasetManifest(_Record):
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+def data_facts(manifest: DatasetManifest) -> dict[str, Any]:
+    """What a run reads, by content: equal wherever it lies."""
+    splits = {
+        name: {"tokens": info.tokens, "documents": info.documents, "bin_sha256": info.bin_sha256}
+        for name, info in (("train", manifest.split("train")), ("valid", manifest.split("valid")))
+    }
+    tokenizer = {"vocab_size": manifest.tokenizer.vocab_size, "sha256": manifest.tokenizer.sha256}
+    return {"splits": splits, "tokenizer": tokenizer, "source_sha256": manifest.source.sha256}
+
+
 def load_manifest(directory: Path | str, *, field: str | None = None) -> DatasetManifest:
     """Read and check the manifest of a prepared dataset.
 

@@ -18,7 +18,7 @@ MAY_CHANGE = (
     "training.checkpoint",
     "training.health",
     "stp.diagnose_every",
-    "data.path",  # not what is there: the journal compares its content
+    "data.path",  # not what is there: its content must be the same
     "data.workers",
     "megatron",
 )

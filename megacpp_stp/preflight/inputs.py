@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megacpp_stp.data.manifest import DatasetManifest, load_manifest
+from megacpp_stp.data.manifest import DatasetManifest, data_facts, load_manifest
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import RunPlan
 from megacpp_stp.plan.health import NO_CHECKS
+from megacpp_stp.runs.files import RECEIPT, read_json
 
 _TOKENIZER = "HuggingFaceTokenizer"
 _PREPARE_AGAIN = "prepare the data again, or bring its files back"
@@ -85,6 +86,34 @@ def check_data(plan: RunPlan) -> str:
     _check_content(manifest)
     tokens = manifest.split("train").tokens
     return f"{plan.recipe.data.path}: {tokens:,} tokens to train on, {found:,} in the vocabulary, tokenizer as it was"
+
+
+def check_same_data(plan: RunPlan, run_dir: Path) -> None:
+    """Hold the data against what the run that goes on has read so far.
+
+    Raises:
+        UserError: Other content.
+    """
+    found = data_facts(load_manifest(Path(plan.recipe.data.path), field="data.path"))
+    require_same_data(read_json(run_dir / RECEIPT).get("data"), found)
+
+
+def require_same_data(known: object, found: object) -> None:
+    """Refuse to go on with data of other content.
+
+    Args:
+        known: The receipt's `data_facts`; None where no rank came so far.
+        found: Of the data that is there.
+
+    Raises:
+        UserError: They differ.
+    """
+    if known not in (None, found):
+        raise UserError(
+            "holds other data than this run was started with",
+            field="data.path",
+            fix="prepare the same data there again, or start a new run",
+        )
 
 
 def _check_readable(manifest: DatasetManifest) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import megacpp_stp
-from megacpp_stp.data.manifest import DatasetManifest, load_manifest
+from megacpp_stp.data.manifest import data_facts, load_manifest
 from megacpp_stp.plan.env_guard import recorded_environment
 from megacpp_stp.plan.flops import total
 from megacpp_stp.plan.lowering import lower
@@ -98,16 +98,6 @@ def data_digest(path: Path) -> str:
     """
     text = json.dumps(data_facts(load_manifest(path, field="data.path")), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def data_facts(manifest: DatasetManifest) -> dict[str, Any]:
-    """What the run reads, by content."""
-    splits = {
-        name: {"tokens": info.tokens, "documents": info.documents, "bin_sha256": info.bin_sha256}
-        for name, info in (("train", manifest.split("train")), ("valid", manifest.split("valid")))
-    }
-    tokenizer = {"vocab_size": manifest.tokenizer.vocab_size, "sha256": manifest.tokenizer.sha256}
-    return {"splits": splits, "tokenizer": tokenizer, "source_sha256": manifest.source.sha256}
 
 
 def allowed_environment(plan: Mapping[str, Any]) -> dict[str, str]:

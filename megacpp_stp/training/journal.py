@@ -6,17 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megacpp_stp.data.manifest import load_manifest
-from megacpp_stp.errors import UserError
+from megacpp_stp.data.manifest import data_facts, load_manifest
 from megacpp_stp.patches.agreement import digest
 from megacpp_stp.plan.env_guard import shown_environment
+from megacpp_stp.preflight.inputs import require_same_data
 from megacpp_stp.runs.failures import kind_of, text_of
 from megacpp_stp.runs.files import ENV, METRICS, PATCHES, RANKS, RECEIPT, write_json
 from megacpp_stp.runs.metrics import MetricsWriter, Record, read_metrics
 from megacpp_stp.runs.receipt import Receipt, patch_facts, plan_facts
 from megacpp_stp.runs.tally import tally_of
 from megacpp_stp.training.code import code_facts
-from megacpp_stp.training.facts import allowed_environment, data_facts, substrate
+from megacpp_stp.training.facts import allowed_environment, substrate
 from megacpp_stp.training.preflight_ranks import Met, placement
 
 UPDATE_EVERY_S = 10.0
@@ -38,7 +38,7 @@ class Journal:
         known = (directory / RECEIPT).exists()
         self._receipt = Receipt(directory) if known else Receipt.create(directory, plan_facts(plan))
         data = data_facts(load_manifest(Path(plan["recipe"]["data"]["path"]), field="data.path"))
-        _check_data(self._receipt, data)
+        require_same_data(self._receipt.data, data)
         path = directory / METRICS
         goes_on = self._receipt.attempts > 1
         self._tally = tally_of(self._receipt.content, read_metrics(path) if goes_on and path.exists() else ())
@@ -152,17 +152,3 @@ class Journal:
         """How far the run is. `best` is of validation: the lowest loss of one training batch is chance."""
         best = min(self._validations, key=lambda record: record["lm_loss"], default=None)
         return {**self._tally.facts(), "validation": self._validations, "best": best}
-
-
-def _check_data(receipt: Receipt, found: dict[str, Any]) -> None:
-    """A run that goes on must read what it has read so far.
-
-    Raises:
-        UserError: Other content.
-    """
-    if receipt.data not in (None, found):
-        raise UserError(
-            "holds other data than this run was started with",
-            field="data.path",
-            fix="prepare the same data there again, or start a new run",
-        )

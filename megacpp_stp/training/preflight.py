@@ -36,10 +36,11 @@ from megacpp_stp.preflight.hardware import (
     check_memory,
     check_shared_memory,
 )
-from megacpp_stp.preflight.inputs import check_arguments, check_data
+from megacpp_stp.preflight.inputs import check_arguments, check_data, check_same_data
 from megacpp_stp.preflight.machine import apex_kind, look
 from megacpp_stp.preflight.place import check_checkpoint, check_place
 from megacpp_stp.preflight.software import INSTALL_TE, INSTALL_TRAIN, check_software
+from megacpp_stp.runs.files import RECEIPT
 from megacpp_stp.training.upstream_check import require_accepted
 
 Check = Callable[[Case], Iterable[Finding]]
@@ -99,7 +100,9 @@ def checks(case: Case, *, allow_unreviewed: tuple[str, ...] = ()) -> Iterator[Ch
     yield lambda _: [asked("recipe", lambda: require_runnable(plan), why="what this version can run")]
     yield _environment
     yield lambda _: [asked("arguments", lambda: check_arguments(plan), why="a run must be what its recipe says")]
-    yield lambda _: [asked("data", lambda: check_data(plan), why="what a model learns from must be what its run names")]
+    yield lambda _: [
+        asked("data", lambda: _data(case, plan), why="what a model learns from must be what its run names")
+    ]
     if plan.device == "cuda":
         yield lambda _: [asked("loading checkpoints", lambda: _check_loadable(plan), why="a stopped run must go on")]
     yield lambda _: [asked("kernels", lambda: _check_kernels(plan), why="nothing else runs in the place of a kernel")]
@@ -114,6 +117,13 @@ def _environment(case: Case) -> Iterator[Finding]:
     plan, directory = case.plan, case.run_dir or Path("runs") / case.plan.recipe.name
     of_run = run_environment(plan.recipe, device=plan.device, run_dir=directory, logs=directory, node=0)
     yield asked("environment", lambda: check_environment((*plan.env, *of_run), plan.recipe, os.environ), why=_SHELL)
+
+
+def _data(case: Case, plan: RunPlan) -> str:
+    found = check_data(plan)
+    if case.run_dir is not None and case.from_iteration is not None and (case.run_dir / RECEIPT).exists():
+        check_same_data(plan, case.run_dir)
+    return found
 
 
 def _patches(plan: RunPlan, allow_unreviewed: tuple[str, ...]) -> Iterator[Finding]:

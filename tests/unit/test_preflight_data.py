@@ -6,10 +6,16 @@ from dataclasses import replace
 
 import pytest
 
+from megacpp_stp.data.manifest import data_facts, load_manifest
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
+from megacpp_stp.preflight.case import Case
+from megacpp_stp.preflight.finding import Verdict
 from megacpp_stp.preflight.inputs import check_data
 from megacpp_stp.recipe import load_recipe
+from megacpp_stp.runs.files import write_json
+from megacpp_stp.training.preflight import checks
+from tests.unit.machines import CPU_MACHINE
 
 TOKENIZER = b'{"model": {}}'
 SHA256 = hashlib.sha256(TOKENIZER).hexdigest()
@@ -105,3 +111,21 @@ def test_data_that_is_gone_short_or_unreadable_is_refused(dataset, monkeypatch):
     (path / "train.bin").unlink()
     with pytest.raises(UserError, match="lacks its file"):
         check_data(replace(plan))
+
+
+def test_other_data_than_the_runs_is_refused_before_its_directory_changes(dataset, tmp_path):
+    """Here, and not by a rank, when the run's plan is the new one already and its receipt says incomplete."""
+    plan, run_dir = plan_on(dataset()), tmp_path / "run"
+    run_dir.mkdir()
+
+    def judged(**more):
+        case = Case(machine=CPU_MACHINE, plan=plan, run_dir=run_dir, **more)
+        found = [finding for check in list(checks(case))[:-1] for finding in check(case)]  # the last takes seconds
+        return next(finding for finding in found if finding.name == "data")
+
+    for known in (None, data_facts(load_manifest(tmp_path))):
+        write_json(run_dir / "receipt.json", {"data": known})
+        assert judged(from_iteration=4).verdict is Verdict.FINE
+    write_json(run_dir / "receipt.json", {"data": {"source_sha256": "another"}})
+    assert judged(from_iteration=4).found == "holds other data than this run was started with"
+    assert judged().verdict is Verdict.FINE
