@@ -1,6 +1,7 @@
 """The command line, one module a command. `main` is the console script."""
 
 import io
+import signal
 import sys
 
 _OLDEST_PYTHON = (3, 12)
@@ -20,10 +21,13 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    from megacpp_stp.cli.app import run
+    try:
+        from megacpp_stp.cli.app import run
 
-    # The same bytes under any locale; what a terminal cannot show is for it to replace.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    return run(sys.argv[1:])
+        # The same bytes under any locale; what a terminal cannot show is for it to replace.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:  # while commands are imported; typer sees to it from then on
+        return 128 + signal.SIGINT

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from megacpp_stp.cli import main
 from megacpp_stp.cli.app import run as command
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan import build_plan
@@ -285,3 +286,10 @@ def test_a_directory_without_a_plan_needs_the_recipe(place, capsys):
 def test_a_directory_that_the_system_refuses_to_look_at_is_a_mistake_and_no_crash(capsys, recipe):
     assert command(["launch", *recipe, "--resume", "--run-dir", "x" * 300]) == 2
     assert "--run-dir: cannot be read: File name too long" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_command_is_there_shows_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["megacpp-stp", *CPU])
+    monkeypatch.setattr("megacpp_stp.cli.app.build_app", killed)
+    assert main() == 130
+    assert capsys.readouterr().err == ""
