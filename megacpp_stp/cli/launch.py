@@ -24,7 +24,7 @@ from megacpp_stp.cli.node_options import (
 )
 from megacpp_stp.cli.options import SetOption, console, print_json
 from megacpp_stp.errors import UserError
-from megacpp_stp.plan import build_plan
+from megacpp_stp.plan import RunPlan, build_plan
 from megacpp_stp.recipe import Recipe, load_recipe, restore_recipe
 
 if TYPE_CHECKING:
@@ -215,10 +215,21 @@ def _print_dry_run(launch: Launch, form: DryRunFormat) -> None:
         for path in facts["files"]:
             out.print(f"writes: {path}", markup=False)
         out.print(launch.shell(), markup=False)
+    _tell_gaps(launch.plan)
     try:
         check_environment(launch.variables(launch.start()), launch.plan.recipe, os.environ)
     except UserError as error:
         print(f"megacpp-stp: a launch from this shell would be refused: {error}", file=sys.stderr)
+
+
+def _tell_gaps(plan: RunPlan) -> None:
+    """Say that this would be refused on any machine: beside what is printed for another program too."""
+    from megacpp_stp.training.preflight import require_runnable
+
+    try:
+        require_runnable(plan)
+    except UserError as error:
+        print(f"megacpp-stp: a launch would be refused: {error}", file=sys.stderr)
 
 
 def _check_script(given: Mapping[str, object]) -> None:
@@ -239,6 +250,7 @@ def _print_script(kind: ScriptKind, recipe: Recipe, *, given: str | None, device
     plan = build_plan(recipe, device="cpu" if device == "cpu" else "cuda")
     write = slurm_script if kind is ScriptKind.SLURM else shell_script
     print(write(plan, recipe=given, overrides=recipe.overrides), end="")
+    _tell_gaps(plan)
 
 
 def _check_resume(recipe: str | None, run_dir: Path | None, *, resume: bool, allow_plan_change: bool) -> None:

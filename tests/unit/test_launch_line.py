@@ -227,6 +227,15 @@ def test_an_environment_against_the_plan_is_refused_first(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [("--dry-run", "--format", "json"), ("--dry-run",), ("--script", "slurm")])
+def test_what_no_machine_could_launch_is_said_beside_what_is_printed(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    for recipe, told in (("nam56r-cp4-12k", True), ("nam56r", False)):
+        assert run(["launch", recipe, *words]) == 0
+        said = capsys.readouterr()
+        assert said.out and ("a launch would be refused: parallel.context: " in said.err) == told
+
+
 def test_a_launch_says_which_variable_it_replaces(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
