@@ -117,6 +117,9 @@ def _planned(
     from megacpp_stp.training.launcher import Launch
     from megacpp_stp.training.preflight import resolve_device
 
+    if run_dir is not None and str(run_dir).startswith("-"):
+        fix = "name another, or the whole path"
+        raise UserError("would be an option to torchrun", field="--run-dir", value=str(run_dir), fix=fix)
     chosen, why = resolve_device(device, processes=recipe.launch.processes_per_node)
     launch = Launch(
         plan=build_plan(recipe, device=chosen),

@@ -183,6 +183,7 @@ def test_a_dry_run_says_all_and_touches_nothing(tmp_path, monkeypatch, capsys, f
         (("--format", "json"), "--format: is for --dry-run"),
         (("--script", "shell"), "--script: is for several nodes"),
         (("--script", "slurm", "--device", "auto"), "--device: is found out on a node"),
+        (("--run-dir=-x", "--device", "cpu"), "--run-dir: would be an option to torchrun (got '-x')"),
         (("--script", "slurm", "--run-dir", "x"), "--run-dir: is not for --script"),
         (("--script", "slurm", "--port", "1"), "--port: is not for --script"),
         (("--script", "slurm", "--dry-run", "--format", "json"), "--dry-run: is not for --script"),
