@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from megacpp_stp.data.manifest import DatasetManifest, data_facts, load_manifest
 from megacpp_stp.errors import UserError
 from megacpp_stp.plan.build import RunPlan
 from megacpp_stp.plan.health import NO_CHECKS
+from megacpp_stp.preflight.place import nearest
+from megacpp_stp.recipe.schema import Recipe
 from megacpp_stp.runs.files import RECEIPT, read_json
 
 _TOKENIZER = "HuggingFaceTokenizer"
@@ -84,6 +87,7 @@ def check_data(plan: RunPlan) -> str:
             )
     _check_readable(manifest)
     _check_content(manifest)
+    _check_caches(plan)
     tokens = manifest.split("train").tokens
     return f"{plan.recipe.data.path}: {tokens:,} tokens to train on, {found:,} in the vocabulary, tokenizer as it was"
 
@@ -125,6 +129,26 @@ def _check_readable(manifest: DatasetManifest) -> None:
             raise UserError(
                 f"{name} cannot be read: {error.strerror}", field="data.path", fix="mend its permissions"
             ) from None
+
+
+def index_caches(recipe: Recipe) -> tuple[Path, ...]:
+    """Where Megatron keeps the order in which it reads the data (``gpt_dataset.py`` of megatron-core 0.19.2)."""
+    given = recipe.megatron.get("data-cache-path")
+    if given is not None:
+        return (Path(str(given)),)
+    return tuple(Path(recipe.data.path) / split / "cache" for split in ("train", "valid"))
+
+
+def _check_caches(plan: RunPlan) -> None:
+    """Refuse a place in which none can be made; whether one that is there already serves, only Megatron knows."""
+    for place in index_caches(plan.recipe):
+        there = nearest(place)
+        if not os.access(there, os.W_OK | os.X_OK) and not (os.path.isdir(place) and any(place.glob("**/*.npy"))):
+            raise UserError(
+                f"{there} is not writable: Megatron keeps the order of the samples in {place}",
+                field="data.path",
+                fix="mend its permissions, or name a place that all nodes share as megatron.data-cache-path",
+            )
 
 
 def _check_content(manifest: DatasetManifest) -> None:

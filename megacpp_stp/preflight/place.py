@@ -27,7 +27,7 @@ def check_place(case: Case) -> Iterator[Finding]:
     """Whether the run directory can be written, and holds what the run leaves."""
     if case.run_dir is None:
         return
-    place = _nearest(case.run_dir)
+    place = nearest(case.run_dir)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         what = f"{place} is {'not writable' if place.is_dir() else 'no directory'}"
         fix = "name another place with --run-dir, or mend the permissions"
@@ -106,7 +106,7 @@ def _need(plan: RunPlan, *, from_iteration: int) -> tuple[int, str]:
     return int(_MORE * one * many) + records, how
 
 
-def _nearest(path: Path) -> Path:
+def nearest(path: Path) -> Path:
     """The first of a path and its parents that is there, as far as this user may look."""
     return next((place for place in (path, *path.absolute().parents) if os.path.exists(place)), Path("/"))
 

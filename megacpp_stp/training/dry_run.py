@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megacpp_stp.preflight.inputs import index_caches
 from megacpp_stp.runs.checkpoints import CHECKPOINTS
 from megacpp_stp.runs.files import ENV, EXIT, METRICS, PATCHES, PLAN, RANKS, RECEIPT
 from megacpp_stp.runs.nodes import NODES
@@ -43,6 +44,7 @@ def _files(launch: Launch) -> Iterator[Path]:
             yield directory / CHECKPOINTS
         if start.attempt > 1:
             yield directory / f"attempt-{start.attempt - 1}"
+        yield from index_caches(launch.plan.recipe)
     if launch.node is not None:
         yield directory / NODES / f"{launch.rank}.json"
     yield log_folder(directory, attempt=start.attempt, node=launch.rank)

@@ -129,3 +129,19 @@ def test_other_data_than_the_runs_is_refused_before_its_directory_changes(datase
     write_json(run_dir / "receipt.json", {"data": {"source_sha256": "another"}})
     assert judged(from_iteration=4).found == "holds other data than this run was started with"
     assert judged().verdict is Verdict.FINE
+
+
+def test_a_place_that_cannot_hold_the_index_cache_is_refused_unless_there_is_one(dataset, tmp_path, monkeypatch):
+    path = dataset()
+    monkeypatch.setattr(
+        "os.access", lambda place, mode: not str(place).startswith(str(path))
+    )  # root may write anywhere
+    with pytest.raises(UserError, match="is not writable: Megatron keeps the order of the samples in") as caught:
+        check_data(plan_on(path))
+    assert "megatron.data-cache-path" in caught.value.fix
+    elsewhere = tmp_path.parent / "elsewhere"
+    assert check_data(plan_on(path, f"megatron.data-cache-path={elsewhere}"))
+    for split in ("train", "valid"):
+        (path / split / "cache" / "x").mkdir(parents=True)
+        (path / split / "cache" / "x" / "y.npy").touch()
+    assert check_data(plan_on(path))
