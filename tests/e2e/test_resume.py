@@ -260,7 +260,8 @@ def test_a_checkpoint_of_another_plan_is_refused(cli, dataset, tmp_path):
 @pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(cli, dataset, tmp_path):
     """With a schedule that does not depend on the length, and data that is read once: as if it had been so long."""
-    constant = ("optimizer.decay=constant", "training.eval_interval=100", "training.eval_iterations=0")
+    evaluation = ("training.eval_interval=100", "training.eval_iterations=0")
+    constant = ("optimizer.decay=constant", *evaluation, "stp.ramp_steps=2")  # the weight is reached in either
     whole = run_whole(cli, tmp_path / "whole", arguments(dataset, *constant))
     run = run_whole(cli, tmp_path / "run", arguments(dataset, *constant, "training.iterations=8"))
     longer = ("launch", "--resume", "--run-dir", str(run), "--set", "training.iterations=12")

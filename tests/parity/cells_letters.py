@@ -14,9 +14,10 @@ from tests.parity.cell import IN_DOUBLE, SEQUENCE_PARALLEL, SPLIT_SUMS, TWO_RANK
 LETTERS = ("DM", "EM+", "-M", "DM-")
 _TAPS = (1, 4, 7, 8)  # D, R, M, D, one on each segment
 _EVERY: dict[str, Any] = {"layers": LETTERS, "taps": _TAPS}
-# fp32's rounding shows first in small gradients, such as those of a Mamba-3 layer's step bias; the cells in fp64 have
-# none of it.
-_ROUNDED = 2e-6
+# fp32's rounding shows first in small gradients: plain autograd's own of M2RNN's A_log and dt_bias are up to 4e-6 from
+# those in fp64. The cells in fp64 have none of it.
+_ROUNDED = 5e-6
+_SPLIT: dict[str, Any] = {**SEQUENCE_PARALLEL, "tolerance": _ROUNDED}
 SPARSE_KEYS = {"dsa_indexer_topk": 12}
 
 LETTER_CELLS = (
@@ -24,8 +25,8 @@ LETTER_CELLS = (
     Cell(name="letters, PP2", pipeline=2, quick=True, **_EVERY),
     Cell(name="letters, PP4", pipeline=4, **_EVERY),
     Cell(name="letters, PP2 x VPP2", pipeline=2, virtual=2, **_EVERY),
-    Cell(name="letters, TP2 + SP", after=SPLIT_SUMS, **SEQUENCE_PARALLEL, **_EVERY),
-    Cell(name="letters, PP2 x TP2 + SP", pipeline=2, after=SPLIT_SUMS, **SEQUENCE_PARALLEL, **_EVERY),
+    Cell(name="letters, TP2 + SP", after=SPLIT_SUMS, **_SPLIT, **_EVERY),
+    Cell(name="letters, PP2 x TP2 + SP", pipeline=2, after=SPLIT_SUMS, **_SPLIT, **_EVERY),
     Cell(name="letters, DP2", **TWO_RANKS, **_EVERY),
     Cell(name="letters, DP2, distributed optimizer", distributed_optimizer=True, **TWO_RANKS, **_EVERY),
     Cell(name="letters, EP2", expert=2, **TWO_RANKS, **_EVERY),
