@@ -19,6 +19,7 @@ from megacpp_stp.runs.files import PLAN
 from megacpp_stp.training.orphans import LAUNCHER, die_with_parent
 
 LOGS = "logs"
+AGENT_MODULE = "megacpp_stp.training.agent"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOOK_S = 0.5
 MEETING_S = 600.0
@@ -86,7 +87,7 @@ def torchrun_command(
     logs = log_folder(run_dir, attempt=start.attempt, node=node.rank if node else 0)
     shown = sorted({0, launch.processes_per_node - 1})
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", AGENT_MODULE),
         *("--nnodes", str(launch.nodes), "--nproc-per-node", str(launch.processes_per_node)),
         *_rendezvous(start, node=node, port=port),
         *("--max-restarts", "0"),

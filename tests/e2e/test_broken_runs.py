@@ -14,6 +14,7 @@ import pytest
 
 from megacpp_stp.plan.build import plan_digest
 from megacpp_stp.runs.metrics import read_metrics
+from megacpp_stp.training.torchrun import AGENT_MODULE
 from tests.e2e.conftest import command, environment
 from tests.unit.test_runs_schema import require_run_fits
 
@@ -36,6 +37,7 @@ def test_a_rank_that_raises_leaves_an_incomplete_receipt(cli, short_run, dataset
     assert receipt["reason"].startswith("rank ")
     assert receipt["ended"] is not None
     assert "incomplete: " in done.stdout
+    assert "ChildFailedError" not in done.stdout + done.stderr  # torchrun's own traceback
     assert load(run, "exit.json")["status"] == 1
 
 
@@ -105,6 +107,7 @@ def test_a_signal_ends_all_ranks_and_is_told(short_run, tmp_path, number):
     assert receipt["exit"] == load(run, "exit.json")
     assert load(run, "exit.json")["signal"] == number.name
     assert not processes_of(run)
+    assert "Traceback" not in (tmp_path / "log").read_text()  # torchrun's own
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(short_run, tmp_path):
@@ -137,7 +140,7 @@ def test_ranks_that_have_just_been_started_do_not_stay(short_run, tmp_path, numb
     try:
         while not ranks_of(run):
             assert child.poll() is None, log.read_text()[-3000:]
-        torchrun = [pid for pid, words in processes_of(run).items() if "-m torch.distributed.run" in words[:200]]
+        torchrun = [pid for pid, words in processes_of(run).items() if f"-m {AGENT_MODULE}" in words[:200]]
         os.kill(child.pid if number == signal.SIGINT else torchrun[0], number)
         assert child.wait(timeout=90) == (130 if number == signal.SIGINT else 1)
     finally:
@@ -152,7 +155,7 @@ def test_ranks_that_have_just_been_started_do_not_stay(short_run, tmp_path, numb
 def test_a_killed_rank_is_told(short_run, tmp_path):
     run = tmp_path / "run"
     with long_run(short_run, run, tmp_path) as child:
-        ranks = [pid for pid in ranks_of(run) if "torch.distributed.run" not in processes_of(run)[pid]]
+        ranks = [pid for pid in ranks_of(run) if AGENT_MODULE not in processes_of(run)[pid]]
         assert len(ranks) == 2
         os.kill(ranks[-1], signal.SIGKILL)
         child.wait(timeout=120)

@@ -98,7 +98,7 @@ def test_a_dry_run_touches_nothing(cli, short_run, tmp_path):
     before = sorted(os.listdir("."))
     done = cli(*short_run, "--run-dir", str(tmp_path / "run"), "--dry-run")
     assert done.returncode == 0
-    assert "torch.distributed.run --nnodes 1 --nproc-per-node 2 --standalone" in done.stdout
+    assert "-m megacpp_stp.training.agent --nnodes 1 --nproc-per-node 2 --standalone" in done.stdout
     assert "--hybrid-layer-pattern '+EMEDEME|DEMM'" in done.stdout
     assert "m2rnn in a Mamba slot" in done.stdout
     assert not (tmp_path / "run").exists()

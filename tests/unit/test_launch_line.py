@@ -26,7 +26,7 @@ from megacpp_stp.training import launcher
 from megacpp_stp.training.closing import Outcome, close_run
 from megacpp_stp.training.last_words import last_words
 from megacpp_stp.training.launcher import Launch
-from megacpp_stp.training.torchrun import LOOK_S, Node, run_torchrun, stop_signals
+from megacpp_stp.training.torchrun import AGENT_MODULE, LOOK_S, Node, run_torchrun, stop_signals
 
 TWO = ("launch.nodes=2", "launch.processes_per_node=1")
 SETS = tuple(token for item in TWO for token in ("--set", item))
@@ -50,7 +50,7 @@ def test_the_line_of_one_node(tmp_path):
     torchrun, entry = line(one)
     logs = tmp_path / "run" / "logs" / "attempt-1" / "node-0"
     assert torchrun == [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--standalone"),
+        *(sys.executable, "-m", AGENT_MODULE, "--nnodes", "1", "--nproc-per-node", "2", "--standalone"),
         *("--rdzv-conf", "read_timeout=600"),
         *("--max-restarts", "0", "--log-dir", str(logs), "--tee", "3", "--local-ranks-filter", "0,1"),
         *("--log-line-prefix-template", "[rank ${rank}] "),
@@ -148,7 +148,7 @@ def test_a_dry_run_says_all_and_touches_nothing(tmp_path, monkeypatch, capsys, f
         facts = json.loads(said.out)
         assert facts["node"] == node
         assert facts["environment"]["TRITON_CACHE_DIR"] == f"{facts['run_directory']}/cache/triton-{node}"
-        assert facts["command"][1:3] == ["-m", "torch.distributed.run"]
+        assert facts["command"][1:3] == ["-m", AGENT_MODULE]
         plan = build_plan(load_recipe("nam56r-tiny", TWO if more else ()))
         assert (facts["argv"], facts["plan_digest"]) == (plan.argv, plan.digest)
         names = {path.removeprefix(facts["run_directory"] + "/") for path in facts["files"]}
@@ -159,7 +159,7 @@ def test_a_dry_run_says_all_and_touches_nothing(tmp_path, monkeypatch, capsys, f
         (text,) = said.out.splitlines()
         words = shlex.split(text)
         assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in words
-        assert words.index("torch.distributed.run") > words.index("PYTHONUNBUFFERED=1")
+        assert words.index(AGENT_MODULE) > words.index("PYTHONUNBUFFERED=1")
     else:
         assert f"writes: {'x' if more else 'runs/nam56r-tiny-'}" in said.out
         assert "sets: TRITON_CACHE_DIR=" in said.out
