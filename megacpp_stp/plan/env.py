@@ -36,7 +36,8 @@ class EnvVar:
         name: The variable.
         value: What it is set to.
         why: The reason, for the plan and for the next reader.
-        replaces: Whether it may replace another value that is set already. Else that is an error.
+        replaces: Whether it may replace another value that is set already, which nobody can have meant for the run.
+            Else that is an error.
         fixed: Whether another value would contradict the plan, so that no recipe may give one.
     """
 
@@ -101,7 +102,7 @@ def _of_gpus() -> Iterator[EnvVar]:
     why = "tensors of ever new sizes (experts' tokens) would break the GPU's memory into pieces"
     yield EnvVar("PYTORCH_ALLOC_CONF", "expandable_segments:True", why)
     why = "fp32 products stay fp32: container images switch TF32 on by it"
-    yield EnvVar("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0", why, replaces=True)
+    yield EnvVar("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0", why)
     why = "a collective that fails or takes too long ends its rank, and with it the run"
     yield EnvVar("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3", why)
     yield EnvVar("TORCH_NCCL_DUMP_ON_TIMEOUT", "1", "which rank waited where, written down when a collective hangs")
@@ -131,10 +132,10 @@ def run_environment(recipe: Recipe, *, device: str, run_dir: Path, logs: Path, n
             str(run_dir / "cache" / f"triton-{node}"),
             "kernels compiled once a node and run, in no home folder",
         )
-        found.append(EnvVar("TRITON_CACHE_DIR", place, why, replaces=True))
+        found.append(EnvVar("TRITON_CACHE_DIR", place, why))
         why = "where the record of a hung collective goes; each rank adds its number"
         for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-            found.append(EnvVar(name, str(logs / "collectives-"), why, replaces=True))
+            found.append(EnvVar(name, str(logs / "collectives-"), why))
     return tuple(variable for variable in found if variable.name not in recipe.launch.environment)
 
 

@@ -129,11 +129,24 @@ def test_what_changes_a_run_behind_its_plan_is_refused(name):
     [
         *("PATH", "HOME", "SLURM_JOB_ID", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NCCL_VERSION", "PYTORCH_VERSION"),
         *("TORCH_CUDA_ARCH_LIST", "TRITON_PTXAS_PATH", "TORCH_HOME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_DEBUG"),
-        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",  # replaced: container images set it
     ],
 )
 def test_what_machines_and_containers_set_is_no_mistake(name):
     check({name: "1"})
+
+
+@pytest.mark.parametrize(
+    "name", ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TRITON_CACHE_DIR", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]
+)
+def test_a_value_against_the_runs_own_is_refused_unless_the_recipe_leaves_it(name):
+    def check_run(*overrides):
+        recipe = load_recipe("nam56r-tiny", overrides)
+        of_run = run_environment(recipe, device="cuda", run_dir=Path("runs/x"), logs=Path("runs/x/logs"), node=0)
+        check_environment((*environment(recipe, device="cuda"), *of_run), recipe, {name: "1"})
+
+    with pytest.raises(UserError, match=f"{name}: is set to '1', but the run needs "):
+        check_run()
+    check_run(*given(**{name: "null"}))
 
 
 def test_what_an_image_was_built_with_is_no_mistake_and_another_value_is():
