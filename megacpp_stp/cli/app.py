@@ -78,6 +78,11 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         print(shown_lines(f"megacpp-stp: {error}"), file=sys.stderr)
         return 2
+    except PermissionError as error:
+        fix = "mend its permissions, or name another place"
+        refused = UserError("permission denied", field=str(error.filename), fix=fix)
+        print(shown_lines(f"megacpp-stp: {refused}"), file=sys.stderr)
+        return 2
     except OSError as error:
         print(shown_lines(f"megacpp-stp: {error}"), file=sys.stderr)  # a full disk, most likely
         return 1
