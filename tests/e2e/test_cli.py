@@ -70,12 +70,12 @@ def test_a_conflicting_environment_is_refused(short_run, tmp_path):
 
 
 def test_visible_gpus_are_hidden_from_a_cpu_run_not_refused(short_run, tmp_path):
-    """Schedulers set the variable everywhere; asking for the CPU is what replaces it."""
+    """Schedulers set the variable everywhere; asking for the CPU is what replaces it, and the launch says so."""
     env = {**environment(), "CUDA_VISIBLE_DEVICES": "0"}
     arguments = (*short_run, "--set", "data.path=nowhere", "--run-dir", str(tmp_path / "run"))
     done = subprocess.run(command(*arguments), capture_output=True, text=True, env=env)
     assert refused(done, "data.path")
-    assert "CUDA_VISIBLE_DEVICES" not in done.stderr
+    assert "CUDA_VISIBLE_DEVICES: is set to '0'; the ranks get ''" in done.stderr
 
 
 def test_cuda_without_a_gpu_is_refused_not_replaced(cli, short_run, tmp_path):
