@@ -228,7 +228,9 @@ def read_raw_manifest(directory: Path, *, field: str | None = None) -> dict[str,
         raise UserError(f"{path} cannot be read: {reason}", field=where, fix="mend its permissions") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not valid JSON", field=where, fix=f"prepare the dataset again: {_PREPARE}"
+            f"{path} is not valid JSON",
+            field=where,
+            fix=f"prepare the dataset again, into another directory: {_PREPARE}",
         ) from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
