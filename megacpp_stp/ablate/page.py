@@ -85,13 +85,11 @@ def _head(matrix: Matrix, runs: Runs, verdict: Verdict, *, title: str) -> Iterat
         yield f"<p>{escape(words)}</p>"
     if verdict.refused is not None:
         yield f'<p class="invalid" role="alert"><strong>No verdict</strong>: {escape(verdict.refused)}.</p>'
-    for line in verdict.missing:
-        if " is INVALID: " in line:
-            yield f'<p class="invalid" role="alert">{escape(line)}. Left out of all that follows.</p>'
-    open_ = [line for line in verdict.missing if " is INVALID: " not in line]
-    if open_:
-        more = [f"and {len(open_) - _MOST_NAMED} more"] if len(open_) > _MOST_NAMED else []
-        yield f"<p>Not counted:</p>\n{_list([*open_[:_MOST_NAMED], *more])}"
+    for line in verdict.invalid:
+        yield f'<p class="invalid" role="alert">{escape(line)}. Left out of all that follows.</p>'
+    if verdict.open:
+        more = [f"and {len(verdict.open) - _MOST_NAMED} more"] if len(verdict.open) > _MOST_NAMED else []
+        yield f"<p>Not counted:</p>\n{_list([*verdict.open[:_MOST_NAMED], *more])}"
     yield "</header>"
 
 

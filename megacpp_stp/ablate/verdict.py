@@ -22,6 +22,8 @@ from megacpp_stp.runs.receipt import read_receipt
 from megacpp_stp.runs.recorded import RecordedRun, read_run
 from megacpp_stp.runs.window import Window, choose_window
 
+_INVALID = " is INVALID: "
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellResult:
@@ -88,6 +90,16 @@ class Verdict:
     sentences: tuple[str, ...]
     missing: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def invalid(self) -> tuple[str, ...]:
+        """Of the missing: what a person has marked so, and nobody is to run again."""
+        return tuple(line for line in self.missing if _INVALID in line)
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """Of the missing: what `--resume` goes on with."""
+        return tuple(line for line in self.missing if _INVALID not in line)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, the same for the same runs."""
@@ -161,7 +173,7 @@ def complete_runs(planned: Sequence[PlannedRun]) -> tuple[dict[tuple[str, int], 
         if not run.directory.exists():
             missing.append(f"{run.name}: not run yet")
         elif (reason := invalid_reason(run.directory)) is not None:
-            missing.append(f"{run.name} is INVALID: {reason}")
+            missing.append(f"{run.name}{_INVALID}{reason}")
         else:
             try:
                 receipt = read_receipt(run.directory)

@@ -103,7 +103,7 @@ def print_outcome(outcome: Outcome, directory: Path, console: Console) -> None:
         for note in verdict.notes:
             console.print(Text(f"note: {note}"))
     console.print(Text(f"{directory / 'ablation.json'}; {outcome.page}"))
-    if outcome.failed or verdict.missing:
+    if outcome.failed or verdict.open:
         console.print(Text(f"go on: megacpp-stp ablate MATRIX.yaml --resume --run-dir {directory}"))
 
 

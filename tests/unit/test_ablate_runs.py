@@ -1,10 +1,12 @@
 """A matrix that is begun, stopped, edited and gone on with: what is run, kept and refused."""
 
+import io
 import json
 import os
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from megacpp_stp.ablate import code, execute, session
 from megacpp_stp.ablate.cost import seconds_left
@@ -12,6 +14,7 @@ from megacpp_stp.ablate.execute import check_tasks, run_tasks
 from megacpp_stp.ablate.session import run_matrix
 from megacpp_stp.ablate.state import Step, device_of, list_tasks, strangers
 from megacpp_stp.ablate.verdict import judge_matrix
+from megacpp_stp.cli.ablate_tables import print_outcome
 from megacpp_stp.errors import UserError
 from megacpp_stp.runs.files import read_json, write_json
 from megacpp_stp.runs.invalid import invalidate
@@ -341,7 +344,11 @@ def test_an_invalid_run_is_neither_run_again_nor_counted(matrix, made):
     made.log.clear()
     outcome, _ = run_all(matrix, resume=True)
     assert made.log == [] and outcome.status == 0
-    assert outcome.verdict.missing == ("spans=3 seed 2 is INVALID: read the wrong data",)
+    assert outcome.verdict.missing == outcome.verdict.invalid == ("spans=3 seed 2 is INVALID: read the wrong data",)
+    assert outcome.verdict.open == ()
+    console = Console(file=io.StringIO(), width=200)
+    print_outcome(outcome, matrix.place, console)
+    assert "go on:" not in console.file.getvalue()
     assert outcome.content["runs"][3]["status"] == "INVALID"
     assert outcome.verdict.effects[0].contrast.seeds == (1,)
 
