@@ -132,3 +132,9 @@ def answer(*arguments):
 def compare(*arguments):
     """The answer of ``runs compare`` as plain data."""
     return json.loads(answer("compare", *arguments, "--format", "json"))
+
+
+def changed(content, path, value):
+    """A copy with another value at a path of keys."""
+    head, *rest = path
+    return {**content, head: changed(content[head], rest, value) if rest else value}
