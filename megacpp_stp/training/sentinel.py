@@ -23,6 +23,8 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WRITING_S = 2.0  # what is written to may be what hangs
+STACKS = signal.SIGRTMIN + 5
+"""What asks a process to write down its stacks."""
 _STOPPED = "Tt"  # by a signal, by a debugger; proc(5), /proc/PID/stat
 
 
@@ -47,15 +49,16 @@ class Sentinel:
             os.close(theirs)
         os.set_blocking(self._pipe, False)
 
-    def lease(self, seconds: float, *, why: str) -> None:
+    def lease(self, seconds: float, *, why: str, stacks_after: float | None = None) -> None:
         """Live for so many seconds more, not counting those of a suspension; each lease ends the one before.
 
         Args:
             seconds: Of ticks.
             why: What to tell where they pass and this process is still there.
+            stacks_after: Seconds until this process gets the signal `STACKS`; None for never.
         """
         failure = {"rank": self._rank, "kind": "hang", "reason": why, "logs": None, "cause": None, "agreed": False}
-        self._say({"seconds": seconds, "told": str(self._told), "failure": failure})
+        self._say({"seconds": seconds, "stacks": stacks_after, "told": str(self._told), "failure": failure})
 
     def dismiss(self) -> None:
         """Be watched no longer."""
@@ -93,7 +96,7 @@ class Count:
 
 def watch(parent: int, *, tick: float) -> None:
     """Read leases until there are no more, the parent is gone, or one has passed: then end the parent."""
-    count, rest, message = Count(tick), b"", {}
+    count, stacks, rest, message = Count(tick), Count(tick), b"", {}
     while os.getppid() == parent:
         before = time.monotonic()
         if select.select([0], [], [], tick)[0]:
@@ -105,7 +108,13 @@ def watch(parent: int, *, tick: float) -> None:
                 if message["seconds"] is None:
                     return
                 count.left = message["seconds"]
-        elif count.after(time.monotonic() - before, stopped=is_stopped(parent)) <= 0:
+                stacks.left = float("inf") if message["stacks"] is None else message["stacks"]
+            continue
+        passed, stopped = time.monotonic() - before, is_stopped(parent)
+        if stacks.after(passed, stopped=stopped) <= 0:
+            stacks.left = float("inf")
+            os.kill(parent, STACKS)
+        if count.after(passed, stopped=stopped) <= 0:
             _end(parent, message)
             return
 

@@ -2,18 +2,20 @@
 
 On each rank a thread looks at the marks of `megacpp_stp.training.progress`. Where none has come for too long it writes
 where this rank is, lets the others know through the run directory so that they do the same, and ends the process;
-torchrun ends the rest. A rank that cannot run this thread writes no report, and is told by that; the stacks of one
-whose interpreter is blocked are written by a thread of faulthandler's, which needs no interpreter, and it is ended by
-`megacpp_stp.training.sentinel`, which the thread has to remind that it lives.
+torchrun ends the rest. A rank that cannot run this thread writes no report, and is told by that. One whose interpreter
+is blocked is ended by `megacpp_stp.training.sentinel`, which the thread has to remind that it lives, and which has its
+stacks written before: by a signal that faulthandler handles, which needs no interpreter.
 
-Time in which a process was stopped counts nowhere: neither of the two sees it pass. faulthandler's thread does, and
-only writes; what it has written is dropped when the first thread is back.
+Time in which a process was stopped counts nowhere: neither of the two sees it pass. That is why faulthandler's own
+timer is not used: it sees it, and reads the stacks while the process goes on, which may end it by SIGSEGV. What was
+written of a rank that comes on all the same is dropped.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +29,7 @@ from megacpp_stp.plan.health import slow_minutes
 from megacpp_stp.runs.failures import error_file, report_failure
 from megacpp_stp.runs.hangs import HangReport, announce, have_reported, is_announced, stacks_file, write_report
 from megacpp_stp.training.progress import Mark, Progress
-from megacpp_stp.training.sentinel import Sentinel
+from megacpp_stp.training.sentinel import STACKS, Sentinel
 from megacpp_stp.training.stacks import position
 
 _BLOCKED = "the interpreter is blocked: native code keeps Python's lock, or a file cannot be reached"
@@ -150,6 +152,9 @@ class Watchdog:
         # Open from the start: a blocked interpreter opens nothing.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._stacks = os.open(self._directory / stacks_file(self._rank), flags, 0o644)
+        # Ignored before faulthandler has it and after: what asks for stacks must end nobody.
+        signal.signal(STACKS, signal.SIG_IGN)
+        faulthandler.register(STACKS, file=self._stacks, all_threads=True)
         told = self._directory.resolve() / error_file(self._rank)
         self._sentinel = Sentinel(told, rank=self._rank, tick=min(1.0, self._limits.look / 2))
         self._arm(self._limits.at(self._progress.mark))
@@ -161,14 +166,15 @@ class Watchdog:
     ) -> None:
         self._stopped.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        if self._to_the_end:  # communicators, workers and threads are taken down from here on
+            faulthandler.register(STACKS, file=_STDERR, all_threads=True)
+            self._lease(self._limits.slow, _STAYS, stacks_after=self._limits.slow / 2)
+        else:
+            faulthandler.unregister(STACKS)
+            if self._sentinel is not None:
+                self._sentinel.dismiss()
         os.close(self._stacks)
         (self._directory / stacks_file(self._rank)).unlink(missing_ok=True)
-        if self._to_the_end:  # communicators, workers and threads are taken down from here on
-            faulthandler.dump_traceback_later(self._limits.slow / 2, file=_STDERR)
-            self._lease(self._limits.slow, _STAYS)
-        elif self._sentinel is not None:
-            self._sentinel.dismiss()
 
     def _watch(self) -> None:
         stall = Stall(4 * self._limits.look)
@@ -192,16 +198,14 @@ class Watchdog:
             os.ftruncate(self._stacks, 0)
         # Also where what happens now may take long: it may be over, and the next thing block, before the next look.
         soon = min(left, self._limits.usual) / 2
-        faulthandler.dump_traceback_later(max(soon, 2 * self._limits.look), file=self._stacks)
-        self._lease(left + self._margin, _BLOCKED)
+        self._lease(left + self._margin, _BLOCKED, stacks_after=max(soon, 2 * self._limits.look))
 
-    def _lease(self, seconds: float, why: str) -> None:
+    def _lease(self, seconds: float, why: str, stacks_after: float | None = None) -> None:
         if self._sentinel is not None:
-            self._sentinel.lease(seconds, why=why)
+            self._sentinel.lease(seconds, why=why, stacks_after=stacks_after)
 
     def _hang(self, mark: Mark, stalled: float, *, noticed: bool) -> None:
         """Report, wait for the others' reports, and end. What it writes to may be what hangs: it ends all the same."""
-        faulthandler.cancel_dump_traceback_later()
         self._lease(4 * self._limits.grace, _STUCK)
         report = self._report(mark, stalled)
         with suppress(OSError):
