@@ -45,6 +45,27 @@ def loss_of(iteration, seed=0):
     return 8.0 / (1 + 0.05 * iteration) + 0.01 * noise(iteration, seed)
 
 
+def record_of(iteration, *, loss, speed, stp):
+    """The record of an iteration; `stp` is the recipe's section."""
+    record = {
+        "iteration": iteration,
+        "lm_loss": loss(iteration),
+        "bits_per_byte": loss(iteration) / 3,
+        "grad_norm": 1.0,
+        "learning_rate": 1e-3,
+        "skipped": False,
+        "tokens_per_s": speed + iteration,
+        "step_time_s": 1 / (speed + iteration),
+        "peak_memory_bytes": int(speed) * 1000,
+    }
+    if stp is not None:
+        active = stp["weight"] > 0 and iteration > stp["start_step"]
+        ramp = min(1.0, (iteration - stp["start_step"]) / max(stp["ramp_steps"], 1))
+        record |= {"stp_loss": 0.5, "stp_active": active, "stp_loss_by_tap": {"6": 0.25, "12": 0.75}}
+        record["stp_weight"] = stp["weight"] * ramp if active else 0.0
+    return record
+
+
 def make_run(
     directory,
     *overrides,
@@ -80,22 +101,7 @@ def make_run(
     writer = MetricsWriter(directory / "metrics.jsonl")
     record = {}
     for iteration in range(1, iterations + 1):
-        record = {
-            "iteration": iteration,
-            "lm_loss": loss(iteration),
-            "bits_per_byte": loss(iteration) / 3,
-            "grad_norm": 1.0,
-            "learning_rate": 1e-3,
-            "skipped": False,
-            "tokens_per_s": speed + iteration,
-            "step_time_s": 1 / (speed + iteration),
-            "peak_memory_bytes": int(speed) * 1000,
-        }
-        if stp is not None:
-            active = stp["weight"] > 0 and iteration > stp["start_step"]
-            ramp = min(1.0, (iteration - stp["start_step"]) / max(stp["ramp_steps"], 1))
-            record |= {"stp_loss": 0.5, "stp_active": active, "stp_loss_by_tap": {"6": 0.25, "12": 0.75}}
-            record["stp_weight"] = stp["weight"] * ramp if active else 0.0
+        record = record_of(iteration, loss=loss, speed=speed, stp=stp)
         writer.write(record)
     writer.close()
     losses = {iterations: loss(iterations)} if validation is None else validation
